@@ -1,0 +1,68 @@
+"""The command line: arguments in, exit code out. Commands are imported when they are called, to start quickly."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import click
+
+from batchrun import __version__
+from batchrun.errors import BatchrunError, CredentialsRefused, DiskError, FolderBusy, UsageError
+
+#: Command → the module that holds it under its own name.
+COMMANDS = {
+    "run": "batchrun.cli.run",
+    "check": "batchrun.cli.check",
+    "status": "batchrun.cli.status",
+    "retry": "batchrun.cli.retry",
+    "cancel": "batchrun.cli.cancel",
+    "tools": "batchrun.cli.tools",
+    "simulate": "batchrun.simulator.command",
+}
+
+#: Nothing was sent: arguments, settings or manifest are wrong.
+EXIT_USAGE = 2
+#: Stopped early; run again to go on.
+EXIT_STOPPED = 3
+
+
+class Commands(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of use."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name."""
+        module = COMMANDS.get(cmd_name)
+        if module is None:
+            return None
+        command: click.Command = getattr(importlib.import_module(module), cmd_name)
+        return command
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="batchrun")
+def cli() -> None:
+    """Turn a manifest of prompts into finished image files, unattended."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    try:
+        code = cli.main(args=arguments, prog_name="batchrun", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.Abort:
+        code = EXIT_STOPPED
+    except UsageError as error:
+        click.echo(f"Error: {error}", err=True)
+        code = EXIT_USAGE
+    except (FolderBusy, CredentialsRefused, DiskError, BatchrunError) as error:
+        click.echo(f"Error: {error}", err=True)
+        code = EXIT_STOPPED
+    sys.exit(code or 0)

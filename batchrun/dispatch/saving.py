@@ -1,0 +1,240 @@
+"""Bringing a finished row's images to disk: fetched, verified, published, recorded, one by one.
+
+Images of a row that was asked for anew wait in `pending/` until all of them are whole; only then the old ones
+move to `superseded/` and the new ones take their names. Every step looks at what is there and is safe to
+repeat, so a crash between two of them costs nothing but the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Protocol
+
+import anyio
+import anyio.to_thread
+
+from batchrun import errors
+from batchrun.model import Failure, Output, Row, Task
+from batchrun.outputs.disk import free_bytes
+from batchrun.outputs.save import Fetch, Partial, Saved, adopt, download, publish, sweep
+from batchrun.progress import Fact, Progress
+from batchrun.rules.naming import image_base, image_path, partial_path
+from batchrun.rules.policy import Fail, after_download
+from batchrun.store.store import Store
+
+#: Downloads begin only while this much of the disk is free beside what they declare.
+SPARE_BYTES = 16 * 1024 * 1024
+
+
+class Source(Protocol):
+    """What saving needs of the service's client."""
+
+    @property
+    def fetch(self) -> Fetch:
+        """Opens a download."""
+        ...
+
+    async def detail(self, task_id: str, token: str = "") -> Task | None:
+        """The task, with fresh addresses of its outputs."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Unsaved:
+    """An image cannot be had."""
+
+    failure: Failure
+
+
+class Saver:
+    """Saves the images of finished rows under the run's folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        store: Store,
+        source: Source,
+        progress: Progress,
+        *,
+        downloads: int,
+        max_image_bytes: int,
+        rng: Random | None = None,
+    ) -> None:
+        self.downloads = downloads
+        self._folder = folder
+        self._store = store
+        self._source = source
+        self._progress = progress
+        self._max_image_bytes = max_image_bytes
+        self._limiter = anyio.CapacityLimiter(downloads)
+        self._rng = rng or Random()
+
+    async def begin(self) -> None:
+        """Remove what an earlier process left half fetched."""
+        await anyio.to_thread.run_sync(sweep, self._folder / "partial")
+
+    async def save(self, row: Row) -> Row | Unsaved:
+        """The row with all its images saved; Unsaved when one cannot be had (the others are kept).
+
+        Raises DiskError when the disk cannot take them.
+        """
+        older = await self._store.older_outputs(row.seq) if row.generation else []
+        lost: list[Unsaved] = []
+
+        async def one(output: Output) -> None:
+            unsaved = await self._save_output(row, output, held=bool(older))
+            if unsaved is not None:
+                lost.append(unsaved)
+
+        missing = [output for output in row.outputs if output.path is None]
+        try:
+            async with anyio.create_task_group() as group:
+                for output in missing:
+                    group.start_soon(one, output)
+        except* errors.BatchrunError as faults:
+            raise _first(faults) from None
+        if lost:
+            return lost[0]
+        superseded = await self._supersede(row, older) if older else {}
+        done = await self._store.record_saved(row.seq, superseded=superseded)
+        if len(done.outputs) < done.images:
+            self._warn(row, f"{len(done.outputs)} images came where {done.images} were asked for")
+        return done
+
+    async def _save_output(self, row: Row, output: Output, *, held: bool) -> Unsaved | None:
+        """Fetch until the image is whole, then publish and record it."""
+        base = self._folder / image_base(row.seq, row.name, output.index)
+        saved = None if held else await adopt(base, output.declared_bytes)
+        if saved is None:
+            result = await self._fetch(row, output)
+            if isinstance(result, Unsaved):
+                return result
+            saved = result
+        final = image_path(row.seq, row.name, output.index, saved.facts.extension)
+        if held:
+            final = f"pending/{row.seq}-{row.generation}-{output.index}.{saved.facts.extension}"
+        self._progress.announce(Fact.DOWNLOADED, row, index=output.index)
+        if saved.path != self._folder / final:
+            await publish(saved, self._folder / final)
+        self._progress.announce(Fact.PUBLISHED, row, index=output.index, path=final)
+        for warning in saved.warnings:
+            self._warn(row, warning)
+        record = replace(
+            output,
+            path=final,
+            sha256=saved.sha256,
+            size_bytes=saved.size_bytes,
+            media_type=saved.facts.media_type,
+            width_px=saved.facts.width_px,
+            height_px=saved.facts.height_px,
+        )
+        await self._store.record_output(row.seq, record, held=held, warning="; ".join(saved.warnings))
+        self._progress.announce(Fact.SAVED, row, index=output.index, path=final, bytes=saved.size_bytes)
+        return None
+
+    async def _fetch(self, row: Row, output: Output) -> Saved | Unsaved:
+        partial = Partial(self._folder / partial_path(row.seq, row.name, output.index))
+        begun_at = anyio.current_time()
+        troubles = 0
+        accept: str | None = None
+        while True:
+            try:
+                async with self._limiter:
+                    await self._check_disk(output)
+                    return await download(
+                        self._source.fetch,
+                        output,
+                        partial,
+                        max_bytes=self._max_image_bytes,
+                        accept_sha256=accept,
+                    )
+            except errors.DiskError:
+                raise
+            except (errors.ServiceError, errors.OutputError) as error:
+                troubles += 1
+                next_ = after_download(
+                    error, troubles=troubles, elapsed_s=anyio.current_time() - begun_at, rng=self._rng
+                )
+                self._progress.announce(Fact.NOTE, row, message=f"image {output.index}: {error}")
+            if isinstance(next_, Fail):
+                partial.discard()
+                return Unsaved(next_.failure)
+            accept = next_.accept_sha256 or accept
+            await anyio.sleep(next_.after_s)
+            if next_.refresh:
+                refreshed = await self._refresh(row, output)
+                if isinstance(refreshed, Unsaved):
+                    return refreshed
+                output = refreshed
+
+    async def _check_disk(self, output: Output) -> None:
+        wanted = (output.declared_bytes or 0) + SPARE_BYTES
+        free = free_bytes(self._folder)
+        if free < wanted:
+            raise errors.DiskError(
+                f"the disk is nearly full ({free / 1e6:.0f} MB left): make room, then run the same command again"
+            )
+
+    async def _refresh(self, row: Row, output: Output) -> Output | Unsaved:
+        """The output with the address the service gives now."""
+        attempt = row.attempt
+        assert attempt is not None
+        assert attempt.task_id is not None
+        try:
+            task = await self._source.detail(attempt.task_id, attempt.token)
+        except errors.CredentialsRefused:
+            raise
+        except errors.ServiceError:
+            return output  # the old address again, later
+        if task is None:
+            return output
+        fresh = [remote for remote in task.outputs if remote.url]
+        if not fresh and task.status == "task_postprocess_end":
+            return Unsaved(Failure("images gone", "the service has deleted the task's images"))
+        if len(fresh) != len(row.outputs):
+            return output
+        await self._store.refresh_outputs(row.seq, fresh)
+        return replace(output, url=fresh[output.index].url)
+
+    async def _supersede(self, row: Row, older: Sequence[tuple[int, Output]]) -> dict[str, str]:
+        """Move the old images aside and give the new ones their names; returns old path → new path."""
+        current = await self._store.row(row.seq)
+        moved = {
+            output.path: f"superseded/{generation}/{output.path.removeprefix('images/')}"
+            for generation, output in older
+            if output.path
+        }
+        fresh = []
+        for output in current.outputs:
+            assert output.path is not None
+            final = image_path(row.seq, row.name, output.index, output.path.rpartition(".")[2])
+            fresh.append((output, final))
+        moves = [*moved.items(), *((output.path or "", final) for output, final in fresh)]
+        await anyio.to_thread.run_sync(self._move_all, moves)
+        for output, final in fresh:
+            await self._store.record_output(row.seq, replace(output, path=final), held=True)
+        return moved
+
+    def _move_all(self, moves: Sequence[tuple[str, str]]) -> None:
+        """Move files in order; one whose target exists was moved before a crash."""
+        for source, target in moves:
+            old, new = self._folder / source, self._folder / target
+            if new.exists() or not old.exists():
+                continue
+            try:
+                new.parent.mkdir(parents=True, exist_ok=True)
+                old.rename(new)
+            except OSError as error:
+                raise errors.DiskError(f"cannot move {old} to {new}: {error.strerror}") from error
+
+    def _warn(self, row: Row, message: str) -> None:
+        self._progress.warnings += 1
+        self._progress.announce(Fact.NOTE, row, message=message)
+
+
+def _first(faults: BaseExceptionGroup[errors.BatchrunError]) -> errors.BatchrunError:
+    fault = faults.exceptions[0]
+    return _first(fault) if isinstance(fault, BaseExceptionGroup) else fault

@@ -1,0 +1,83 @@
+"""What a manifest probably does not mean: told before money is spent, never an error."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from batchrun.model import Problem, Request, Severity, Tool
+
+#: A column of texts this long looks like prompts.
+_PROSE_CHARS = 20
+
+
+class Hints:
+    """Watches requests go by and says at the end what looks unmeant."""
+
+    def __init__(self) -> None:
+        self._requests: Counter[str] = Counter()
+        self._samples_left: Counter[str] = Counter()
+        self._seeds: dict[str, set[str]] = {}
+        self._seeded: Counter[str] = Counter()
+        self._prose: Counter[str] = Counter()
+        self._tools: dict[str, Tool] = {}
+
+    def request(self, tool: Tool, request: Request) -> None:
+        """Take in a bound request."""
+        self._tools[tool.slug] = tool
+        self._requests[tool.slug] += 1
+        if "samples" not in request.given and request.images > 1:
+            self._samples_left[tool.slug] += 1
+        seeds = self._seeds.setdefault(tool.slug, set())
+        if len(seeds) < 2:
+            seed = request.given.get("seed")
+            seeds.add("" if seed is None else str(seed))
+
+    def unused(self, cells: Mapping[str, Any]) -> None:
+        """Take in the cells of a row that are no parameters."""
+        for column, cell in cells.items():
+            if isinstance(cell, str) and len(cell) >= _PROSE_CHARS and " " in cell.strip():
+                self._prose[column] += 1
+
+    def told(self, *, file: str, identical: int) -> Iterator[Problem]:
+        """The hints; `identical` is how many requests repeat an earlier one."""
+        for slug, left in self._samples_left.items():
+            default = self._tools[slug].parameter("samples")
+            each = default.default if default else "several"
+            yield _hint(
+                file,
+                "samples",
+                f"{left:,} rows of {slug} leave it at {each}: {each} images a row are made and billed; "
+                "for one image a row use --set samples=1",
+            )
+        for slug, seeds in self._seeds.items():
+            if len(seeds) == 1 and self._requests[slug] > 1 and seeds != {"random"} and self._has_seed(slug):
+                seed = next(iter(seeds))
+                same = f"is {seed}" if seed else "is the tool's default"
+                yield _hint(
+                    file,
+                    "seed",
+                    f"{same} in all {self._requests[slug]:,} rows of {slug}; for a seed of its own in each row "
+                    "use --expand seed=random",
+                )
+        if identical:
+            yield _hint(
+                file,
+                "",
+                f"{identical:,} rows ask for the very same as another row; each is made and billed, "
+                "and with the same seed the images may be the same",
+            )
+        for column, rows in self._prose.most_common(3):
+            yield _hint(
+                file,
+                column,
+                f"holds text in {rows:,} rows and no parameter uses it; for one use --map prompt={column}",
+            )
+
+    def _has_seed(self, slug: str) -> bool:
+        return self._tools[slug].parameter("seed") is not None
+
+
+def _hint(file: str, column: str, message: str) -> Problem:
+    return Problem(message, file=file, column=column, severity=Severity.HINT)

@@ -1,0 +1,393 @@
+"""One pass over a manifest: every row becomes the requests it stands for, or problems at its place.
+
+A row's way: columns are named as parameters, values of `set` fill what it does not give, its expansion makes
+requests of it, each is bound to the tool. Nothing is kept of a row but what it stages, so memory does not
+grow with the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from batchrun.errors import ManifestError, UsageError
+from batchrun.manifest.expand import Axis, Expansion
+from batchrun.manifest.job import Job
+from batchrun.manifest.json_text import encode
+from batchrun.model import Cell, Problem, Request, Severity, SourceRow, Tool
+from batchrun.plan.hints import Hints
+from batchrun.plan.identity import content_hash
+from batchrun.plan.inputs import LocalImages
+from batchrun.store.planning import Planning, Staged
+from batchrun.store.records import dumps, given_to_json
+from batchrun.tools.bind import Binder, closest
+from batchrun.tools.catalog import Catalog, to_json
+
+ID, TOOL = "id", "tool"
+#: Problems kept one by one; beyond that they are counted.
+MAX_PROBLEMS = 10_000
+
+
+class Rows(Protocol):
+    """What is read: rows and problems, with the manifest's form."""
+
+    @property
+    def columns(self) -> list[str] | None:
+        """The header's names; None when rows name their own cells (JSON)."""
+        ...
+
+    @property
+    def blank_is_default(self) -> bool:
+        """Whether a blank cell means the tool's default."""
+        ...
+
+    @property
+    def complete(self) -> bool:
+        """Whether reading came to the end."""
+        ...
+
+    def rows(self) -> Iterator[SourceRow | Problem]:
+        """Every row in order, and problems of form."""
+        ...
+
+
+@dataclass(slots=True)
+class Findings:
+    """What a reading found wrong or worth telling."""
+
+    errors: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+    hints: list[Problem] = field(default_factory=list)
+    error_count: int = 0
+    warning_count: int = 0
+    #: Errors that no skipping of rows can help.
+    fatal: bool = False
+
+    def add(self, problem: Problem) -> None:
+        """Count a problem and keep it while there are not too many."""
+        if problem.severity is Severity.ERROR:
+            self.error_count += 1
+            kept = self.errors
+        else:
+            self.warning_count += 1
+            kept = self.warnings
+        if len(kept) < MAX_PROBLEMS:
+            kept.append(problem)
+
+
+@dataclass(slots=True)
+class _ToolInUse:
+    tool: Tool
+    binder: Binder
+    number: int
+
+
+class Reading:
+    """Reads one manifest for one job into a Planning."""
+
+    def __init__(
+        self, job: Job, catalog: Catalog, planning: Planning, *, name: str, checkpoint: Callable[[], None]
+    ) -> None:
+        self.findings = Findings()
+        self.rows_by_tool: Counter[str] = Counter()
+        self.requests = 0
+        self._job = job
+        self._catalog = catalog
+        self._planning = planning
+        self._name = name
+        self._checkpoint = checkpoint
+        self._hints = Hints()
+        folder = Path(job.manifest).parent if isinstance(job.manifest, Path) else Path.cwd()
+        self._images = LocalImages(folder, allow_outside=job.allow_outside)
+        self._axes = job.axes
+        self._tools: dict[str, _ToolInUse | UsageError] = {}
+        self._parameters: dict[str, list[str]] = {}
+        for parameter, column in job.map.items():
+            self._parameters.setdefault(column, []).append(parameter)
+        #: Names of set, map and expand that some tool of the manifest knows.
+        self._useful: set[str] = {ID, TOOL}
+        self._unseen_columns = set(job.map.values())
+        self._expanded = 0
+
+    def read(self, manifest: Rows) -> None:
+        """Read to the end; `findings` then says what is wrong, and the planning holds the rows."""
+        blank = manifest.blank_is_default
+        for number, item in enumerate(manifest.rows()):
+            if number % 500 == 0:
+                self._checkpoint()
+            if isinstance(item, Problem):
+                self.findings.add(item)
+                if item.severity is Severity.ERROR:
+                    self._stage_invalid(item.line, None, {}, str(item.message))
+                continue
+            self._unseen_columns -= item.cells.keys()
+            self._row(item, blank)
+        self._unseen_columns -= set(manifest.columns or ())
+        self.findings.fatal = self.findings.fatal or not manifest.complete
+        self._check_names()
+        identical = self._planning.summary()[3]
+        self._check_ids()
+        self.findings.hints.extend(self._hints.told(file=self._name, identical=identical))
+
+    # --- one row ------------------------------------------------------------------------------------
+
+    def _row(self, row: SourceRow, blank_is_default: bool) -> None:
+        cells: dict[str, Cell] = {}
+        unknown: dict[str, Cell] = {}
+        for column, cell in row.cells.items():
+            if column in self._parameters:
+                cells.update(dict.fromkeys(self._parameters[column], cell))
+            elif column in self._job.map:  # its parameter is taken from another column
+                unknown[column] = cell
+            else:
+                cells[column] = cell
+        id_ = self._text(row, cells.pop(ID, None), ID)
+        tool_name = self._text(row, cells.pop(TOOL, None), TOOL) or self._job.tool
+        try:
+            used = self._tool(tool_name)
+        except UsageError as error:
+            self._problem(row.line, TOOL if TOOL in row.cells else "", str(error))
+            self._stage_invalid(row.line, id_, row.cells, str(error))
+            return
+        for name in list(cells):
+            if not used.binder.knows(name):
+                unknown[name] = cells.pop(name)
+        extra, faults = self._extra(row, unknown, used)
+        for name, value in self._job.set.items():
+            if used.binder.knows(name) and cells.get(name) is None:
+                cells[name] = value
+        for fault in faults:
+            self.findings.add(fault)
+        try:
+            expansion = self._expansion(cells, used)
+        except UsageError as error:
+            self._problem(row.line, "", str(error))
+            self._stage_invalid(row.line, id_, row.cells, str(error))
+            return
+        self.rows_by_tool[used.tool.slug] += 1
+        if expansion.size > 1:
+            self._expanded += expansion.size
+            if self._expanded > self._job.max_requests:
+                self._too_many(row.line)
+                return
+        for n, overlay in expansion:
+            self._request(
+                row,
+                id_,
+                used,
+                {**cells, **overlay},
+                extra,
+                overlay,
+                n if expansion.size > 1 else 0,
+                blank_is_default,
+                faults,
+            )
+
+    def _request(
+        self,
+        row: SourceRow,
+        id_: str | None,
+        used: _ToolInUse,
+        cells: Mapping[str, Cell],
+        extra: Mapping[str, Cell],
+        overlay: Mapping[str, Cell],
+        n: int,
+        blank_is_default: bool,
+        faults: list[Problem],
+    ) -> None:
+        self.requests += 1
+        own_id = f"{id_}.{n}" if id_ is not None and n else id_
+        source = self._source(row, own_id, overlay) if n else row.cells
+        try:
+            request = used.binder.bind(cells, blank_is_default=blank_is_default, read_image=self._images.read)
+        except ManifestError as error:
+            for problem in error.problems:
+                self.findings.add(self._placed(problem, row))
+            self._stage_invalid(
+                row.line, own_id, source, "; ".join(str(problem) for problem in error.problems)
+            )
+            return
+        for problem in request.problems:
+            self.findings.add(self._placed(problem, row))
+        if faults:
+            self._stage_invalid(row.line, own_id, source, "; ".join(str(fault) for fault in faults))
+            return
+        self._hints.request(used.tool, request)
+        self._planning.stage(self._staged(row, own_id, used, request, extra, overlay, source))
+
+    def _staged(
+        self,
+        row: SourceRow,
+        id_: str | None,
+        used: _ToolInUse,
+        request: Request,
+        extra: Mapping[str, Cell],
+        overlay: Mapping[str, Cell],
+        source: Mapping[str, Cell],
+    ) -> Staged:
+        content = content_hash(used.tool.run_path, request.given)
+        by_set = {name for name in self._job.set if name not in overlay and self._given(row, name) is None}
+        own = content_hash(used.tool.run_path, request.given, without=by_set) if by_set else content
+        return Staged(
+            line=row.line,
+            id=id_,
+            content=content,
+            own=own,
+            tool=used.number,
+            given=given_to_json(request.given),
+            extra=encode(dict(extra)) if extra else "{}",
+            images=request.images,
+            cells=encode(dict(source)),
+        )
+
+    def _given(self, row: SourceRow, parameter: str) -> Cell:
+        return row.cells.get(self._job.map.get(parameter, parameter))
+
+    def _stage_invalid(self, line: int, id_: str | None, cells: Mapping[str, Cell], message: str) -> None:
+        text = encode(dict(cells))
+        content = content_hash("invalid", {"cells": text})
+        self._planning.stage(Staged(line, id_, content, content, None, "{}", "{}", 0, text, message=message))
+
+    def _source(self, row: SourceRow, id_: str | None, overlay: Mapping[str, Cell]) -> dict[str, Cell]:
+        """The row as it would stand in a manifest of its own, with the values of its expansion."""
+        source = dict(row.cells)
+        for name, value in overlay.items():
+            source[self._job.map.get(name, name)] = value
+        if id_ is not None:
+            source[self._job.map.get(ID, ID)] = id_
+        return source
+
+    # --- its parts ---------------------------------------------------------------------------------------
+
+    def _tool(self, name: str | None) -> _ToolInUse:
+        if name is None:
+            raise UsageError("the row names no tool; use --tool TOOL or give the manifest a column tool")
+        used = self._tools.get(name)
+        if used is None:
+            try:
+                tool = self._catalog.find(name)
+                same = next(
+                    (u for u in self._tools.values() if isinstance(u, _ToolInUse) and u.tool == tool), None
+                )
+                used = same or self._begin(tool)
+            except UsageError as error:
+                used = error
+            self._tools[name] = used
+        if isinstance(used, UsageError):
+            raise used
+        return used
+
+    def _begin(self, tool: Tool) -> _ToolInUse:
+        binder = Binder(tool, lora_scale=self._job.lora_scale)
+        self._useful.update(binder.names)
+        return _ToolInUse(tool, binder, self._planning.tool(dumps(to_json(tool))))
+
+    def _text(self, row: SourceRow, cell: Cell, column: str) -> str | None:
+        """An id or a tool's name: text; whole numbers are taken by their digits."""
+        if cell is None or isinstance(cell, bool) or not isinstance(cell, (str, int)):
+            if cell is not None:
+                self._problem(row.line, column, f"must be text, not {json.dumps(cell, default=str)[:40]}")
+            return None
+        return str(cell).strip() or None
+
+    def _extra(
+        self, row: SourceRow, unknown: Mapping[str, Cell], used: _ToolInUse
+    ) -> tuple[dict[str, Cell], list[Problem]]:
+        """What the row carries beside parameters, and what is wrong with that."""
+        if not unknown:
+            return {}, []
+        if self._job.extra != "error":
+            self._hints.unused(unknown)
+            return (dict(unknown) if self._job.extra == "keep" else {}), []
+        faults = []
+        for name, cell in unknown.items():
+            if cell is None:
+                continue
+            near = closest(name, used.binder.names)
+            advice = f"did you mean {near}? " if near else ""
+            column = self._job.map.get(name, name)
+            faults.append(
+                Problem(
+                    f"is no parameter of {used.tool.slug}; {advice}"
+                    "(--extra keep carries such columns to the results, --extra drop leaves them out)",
+                    self._name,
+                    row.line,
+                    column,
+                )
+            )
+        return {}, faults
+
+    def _expansion(self, cells: Mapping[str, Cell], used: _ToolInUse) -> Expansion:
+        axes = [axis for axis in self._axes if used.binder.knows(axis.name)]
+        laid = {axis.name for axis in axes}
+        for name, cell in cells.items():
+            if name not in laid and used.binder.expandable(name, cell):
+                if not cell:
+                    raise UsageError(
+                        f"{name}: the list is empty; write at least one value, or null for the default"
+                    )
+                axes.append(Axis(name, tuple(cell)))
+        return Expansion(tuple(axes), self._job.repeat)
+
+    # --- problems ---------------------------------------------------------------------------------------
+
+    def _placed(self, problem: Problem, row: SourceRow) -> Problem:
+        """A binder's problem at its place in the manifest, under the column's own name."""
+        column = self._job.map.get(problem.column, problem.column)
+        if column not in row.cells and problem.column in self._job.set:
+            column = f"--set {problem.column}"
+        return replace(problem, file=self._name, line=row.line, column=column)
+
+    def _problem(self, line: int, column: str, message: str) -> None:
+        self.findings.add(Problem(message, self._name, line, column))
+
+    def _too_many(self, line: int) -> None:
+        if not self.findings.fatal:
+            self._problem(
+                line,
+                "",
+                f"the expansion makes more than {self._job.max_requests:,} requests; narrow it, or allow it with "
+                "--max-requests N",
+            )
+        self.findings.fatal = True
+
+    def _check_names(self) -> None:
+        """Names of the settings that no tool of the manifest knows are mistakes."""
+        if not any(isinstance(used, _ToolInUse) for used in self._tools.values()):
+            return
+        for option, names in (
+            ("--set", list(self._job.set)),
+            ("--map", list(self._job.map)),
+            ("--expand", [axis.name for axis in self._axes]),
+        ):
+            for name in names:
+                if name not in self._useful:
+                    near = closest(name, self._useful)
+                    self._setting(
+                        option,
+                        name,
+                        "no tool of the manifest has this parameter"
+                        + (f"; did you mean {near}?" if near else ""),
+                    )
+        for parameter, column in self._job.map.items():
+            if column in self._unseen_columns:
+                self._setting("--map", f"{parameter}={column}", f'the manifest has no column "{column}"')
+
+    def _setting(self, option: str, name: str, message: str) -> None:
+        self.findings.add(Problem(message, self._name, 0, f"{option} {name}"))
+        self.findings.fatal = True
+
+    def _check_ids(self) -> None:
+        id_column = self._job.map.get(ID, ID)
+        for twice in self._planning.duplicates():
+            self._problem(
+                twice.line,
+                id_column,
+                f'"{twice.id}" is already the id of line {twice.first_line}; write an id of its own, '
+                "or leave ids out",
+            )
+            self.findings.fatal = True

@@ -1,0 +1,259 @@
+"""After a failure: what happens next, as a value with its reason. Pure; waits are computed, never waited.
+
+Submits and reads are apart, because only a submit costs money: a lost answer to a read is asked again,
+a lost answer to a submit is a doubt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+from random import Random
+
+from batchrun import errors
+from batchrun.model import Failure, State, Task
+
+#: How long a refusal of one row's submit (code 0, not its parameters) is tried again before the row fails.
+REFUSAL_PATIENCE_S = 600.0
+#: Outputs may appear this long after a task succeeded.
+OUTPUTS_PATIENCE_S = 30.0
+#: task_error that persists this long without a further stage is a failure.
+ERROR_PATIENCE_S = 120.0
+#: A task the service does not know for this long is held for the user.
+UNKNOWN_PATIENCE_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Try this row again; no attempt is used up."""
+
+    after_s: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Every submit waits: it is not this row's fault. `after_s` None: our own backoff."""
+
+    reason: str
+    after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WaitForSlot:
+    """The account's task slots are taken; adopt `limit` when it is told."""
+
+    limit: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """The submit may have made a task: find out, never send again to be safe."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """The row fails; `whole_tool` when every row of its tool would."""
+
+    failure: Failure
+    whole_tool: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The run stops at once; all rows stay as they are."""
+
+    reason: str
+
+
+SubmitDecision = Retry | Pause | WaitForSlot | Doubt | Fail | Stop
+
+UNREACHABLE = "the service cannot be reached"
+RATE_LIMITED = "the service asks us to slow down"
+BALANCE = "the balance is exhausted"
+
+
+def after_submit(
+    error: errors.ServiceError, *, refused_for_s: float, tries: int, rng: Random
+) -> SubmitDecision:
+    """What follows a failed submit; `tries` counts this row's refusals (from 1) over `refused_for_s` seconds."""
+    match error:
+        case errors.CredentialsRefused():
+            return Stop(str(error))
+        case errors.LimitReached():
+            return WaitForSlot(error.limit)
+        case errors.BalanceExhausted():
+            return Pause(BALANCE)
+        case errors.RateLimited():
+            return Pause(RATE_LIMITED, error.retry_after_s)
+        case errors.NotSent():
+            return Pause(UNREACHABLE)
+        case errors.NotFound():
+            return Fail(Failure("tool not found", str(error)), whole_tool=True)
+        case errors.RequestRejected():
+            return Fail(Failure("rejected", str(error)))
+        case errors.ServerFault() if not error.acted:
+            if refused_for_s >= REFUSAL_PATIENCE_S:
+                return Fail(Failure("service fault", str(error)))
+            return Retry(backoff_s(tries, base_s=1.0, cap_s=60.0, rng=rng), str(error))
+        case _:
+            return Doubt(str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """Keep looking."""
+
+
+@dataclass(frozen=True, slots=True)
+class Succeeded:
+    """Outputs are there to be saved."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFailed:
+    """The task failed or was cancelled at the service and was not billed."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class PaidButEmpty:
+    """The task succeeded and was billed but has nothing to show."""
+
+    failure: Failure
+
+
+Verdict = Running | Succeeded | TaskFailed | PaidButEmpty
+
+
+def judge(task: Task, *, in_status_for_s: float) -> Verdict:
+    """What a task's stage means; `in_status_for_s` is how long we have seen it in this status.
+
+    Sources: the tool documents ("Task Status Information": only task_postprocess_end and task_cancel are
+    terminal) and the service's documentation of `pexit` (success is "0" and at least one output).
+    """
+    has_images = any(output.url for output in task.outputs)
+    match task.status:
+        case "task_postprocess_end":
+            if task.pexit in ("0", None) and has_images:
+                return Succeeded()
+            if task.pexit not in ("0", None):
+                return TaskFailed(_task_failure(task))
+            if in_status_for_s < OUTPUTS_PATIENCE_S:
+                return Running()  # outputs may appear one look later
+            if task.cost_usd:
+                return PaidButEmpty(Failure("paid but empty", "the task was billed and has no images"))
+            return TaskFailed(Failure("no images", "the task ended without images and was not billed"))
+        case "task_cancel":
+            return TaskFailed(Failure("cancelled at the service", "the task was cancelled at the service"))
+        case "task_error" | "task_error_full":
+            # a log line on its way to the end, or the end of a task that never ran: time or its own facts tell
+            confirmed = task.ended_at is not None or task.pexit not in ("0", None)
+            if confirmed or in_status_for_s >= ERROR_PATIENCE_S:
+                return TaskFailed(_task_failure(task))
+            return Running()
+        case _:
+            return Running()
+
+
+def _task_failure(task: Task) -> Failure:
+    said = " ".join(task.debug_error.split())[-300:]
+    return Failure(
+        "task failed", f"the task failed (pexit {task.pexit or 'none'})" + (f": {said}" if said else "")
+    )
+
+
+def charged(task: Task) -> Decimal | None:
+    """What the task's end costs, in USD; None when not told.
+
+    A failed or cancelled task is not charged, although it shows the cost it would have had.
+    """
+    if task.cost_usd is None:
+        return None
+    free = task.status == "task_cancel" or task.pexit not in ("0", None)
+    return Decimal(0) if free else task.cost_usd
+
+
+def may_try_again(attempts: int, *, limit: int) -> bool:
+    """Whether another attempt is allowed after `attempts` (from 1) have failed."""
+    return attempts < limit
+
+
+def requeue_step(state: State, failure: Failure | None, *, regenerate_lost: bool) -> str:
+    """What `retry` does with a row: `submit` it anew, `save` what was paid for, or `leave` it.
+
+    A row whose images were paid for is bought again only when the user says so.
+    """
+    if state is State.CANCELLED:
+        return "submit"
+    if state is not State.FAILED or failure is None:
+        return "leave"
+    if failure.cause in LOST_CAUSES:
+        return "submit" if regenerate_lost else "leave"
+    return "save" if failure.cause in SAVING_CAUSES else "submit"
+
+
+#: What was paid for is gone; only the user's word buys it again.
+LOST_CAUSES = frozenset({"paid but empty", "images gone"})
+#: The images exist at the service: a retry fetches them.
+SAVING_CAUSES = frozenset({"download failed", "image damaged"})
+#: Failures after the service was paid.
+PAID_CAUSES = LOST_CAUSES | SAVING_CAUSES
+
+
+def backoff_s(attempt: int, *, base_s: float, cap_s: float, rng: Random) -> float:
+    """Full-jitter wait before retry number `attempt` (from 1), in [0, cap_s] seconds."""
+    ceiling_s = min(cap_s, base_s * 2 ** min(attempt - 1, 32))
+    return rng.uniform(0.0, ceiling_s)
+
+
+# --- saving ------------------------------------------------------------------------------------------
+
+#: A download is tried again for this long.
+DOWNLOAD_PATIENCE_S = 600.0
+#: An address that stays dead through fresh look-ups for this long is given up.
+GONE_PATIENCE_S = 120.0
+#: Whole fetches that bring damaged bytes.
+MAX_DAMAGED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Refetch:
+    """Fetch again; `refresh` asks the service for a new address first."""
+
+    after_s: float
+    refresh: bool = False
+    #: These bytes came twice: they are what the service has.
+    accept_sha256: str | None = None
+
+
+def after_download(
+    error: errors.BatchrunError, *, troubles: int, elapsed_s: float, rng: Random
+) -> Refetch | Fail:
+    """What follows a failed download; `troubles` counts this output's failures (from 1) over `elapsed_s`.
+
+    Never a new task: what was paid for is fetched, or the row fails and says so.
+    """
+    wait_s = backoff_s(troubles, base_s=0.5, cap_s=30.0, rng=rng)
+    match error:
+        case errors.OutputGone():
+            if elapsed_s >= GONE_PATIENCE_S:
+                return Fail(Failure("download failed", str(error)))
+            return Refetch(wait_s if troubles > 1 else 0.0, refresh=True)
+        case errors.OutputCorrupt(reason="declared-size" | "declared-type" | "etag") if troubles < MAX_DAMAGED:
+            return Refetch(0.0, accept_sha256=error.sha256)
+        case errors.OutputCorrupt():
+            if troubles >= MAX_DAMAGED:
+                return Fail(Failure("image damaged", f"damaged in {troubles} fetches, the last one: {error}"))
+            return Refetch(wait_s)
+        case errors.NotSent() | errors.ReplyLost() | errors.ServerFault() | errors.ProtocolError():
+            if elapsed_s >= DOWNLOAD_PATIENCE_S:
+                return Fail(Failure("download failed", str(error)))
+            return Refetch(wait_s)
+        case errors.RateLimited():
+            return Refetch(max(wait_s, error.retry_after_s or 1.0))
+        case _:
+            return Fail(Failure("download failed", str(error)))

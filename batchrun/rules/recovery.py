@@ -1,0 +1,198 @@
+"""What stored facts say to do next: a row's next step on resume, and how a doubtful submit is settled.
+
+Money hangs on `settle_doubt`, so it says "absent" only when every other explanation is ruled out, and
+"adopt" only for a task that is certainly the row's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from enum import StrEnum
+from typing import Any
+
+from batchrun.model import State, Task, Value
+
+#: After a POST can last have been running, its task may still appear for this long.
+GRACE_S = 20.0
+#: Two clocks of the service (its Date header, its createtime) may differ by this much.
+CLOCK_TOLERANCE_S = 2.0
+#: While no task of ours proves the listing, two answers this far apart do.
+SECOND_LOOK_S = 10.0
+#: A listing that fails for this long leaves the doubt to the user.
+LISTING_PATIENCE_S = 120.0
+
+
+class Step(StrEnum):
+    """What to do with a row next."""
+
+    SUBMIT = "submit"
+    LOOK_UP = "look up"
+    FOLLOW = "follow"
+    SAVE = "save"
+    REST = "rest"
+
+
+_STEPS = {
+    State.PLANNED: Step.SUBMIT,
+    State.SUBMITTING: Step.LOOK_UP,  # found so after a crash: the answer is as good as lost
+    State.IN_DOUBT: Step.LOOK_UP,
+    State.IN_FLIGHT: Step.FOLLOW,
+    State.FINISHED: Step.SAVE,
+}
+
+
+def next_step(state: State) -> Step:
+    """The next step of a row found in `state`, whatever happened before."""
+    return _STEPS.get(state, Step.REST)
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """A submit whose answer is unknown, with what was known before it was sent."""
+
+    body: Mapping[str, Value]
+    #: Parameters the row itself gives; an echo without them proves nothing.
+    given: Collection[str]
+    #: The newest task id known before the intent, None when none was.
+    after_task: int | None
+    #: The service's time at the intent by its Date header, None when unknown.
+    intent_server_at: float | None
+    #: The service's id of the tool, "" when not learned yet.
+    model_id: str = ""
+
+
+class Match(StrEnum):
+    """How a listed task relates to a doubtful submit."""
+
+    OLDER = "older"
+    OTHER = "other"
+    SAME = "same"
+    #: New and unclaimed, but the service does not echo enough to compare.
+    UNKNOWABLE = "unknowable"
+
+
+def compare(doubt: Doubt, task: Task) -> Match:
+    """How `task`, claimed by no row, relates to `doubt`."""
+    if is_older(doubt, task):
+        return Match.OLDER
+    if doubt.model_id and task.model_id and task.model_id != doubt.model_id:
+        return Match.OTHER
+    echoed = task.parameters or {}
+    shared = [name for name in doubt.body if name in echoed]
+    if any(not same_value(doubt.body[name], echoed[name]) for name in shared):
+        return Match.OTHER
+    if not shared or any(name not in echoed for name in doubt.given):
+        return Match.UNKNOWABLE
+    return Match.SAME
+
+
+def is_older(doubt: Doubt, task: Task) -> bool:
+    """Whether `task` existed before the intent, by ids or else by the service's own times."""
+    if doubt.after_task is not None and task.id.isdecimal():
+        return int(task.id) <= doubt.after_task
+    if doubt.intent_server_at is not None and task.created_at is not None:
+        return task.created_at < doubt.intent_server_at - CLOCK_TOLERANCE_S
+    return False
+
+
+def same_value(sent: Value, echoed: Any) -> bool:
+    """Whether an echoed parameter is what was sent, over the neighbouring types the service uses."""
+    if isinstance(sent, list) or isinstance(echoed, list):
+        left = sent if isinstance(sent, list) else _list_of(sent)
+        right = echoed if isinstance(echoed, list) else _list_of(echoed)
+        return [str(item) for item in left] == [str(item) for item in right]
+    left_text, right_text = _text(sent), _text(echoed)
+    return left_text == right_text or _same_number(left_text, right_text)
+
+
+def _list_of(value: Any) -> list[Any]:
+    text = _text(value)
+    if text.startswith("["):
+        import json
+
+        try:
+            parsed = json.loads(text)
+        except ValueError:
+            parsed = None
+        if isinstance(parsed, list):
+            return parsed
+    return [text] if text else []
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).replace("\r\n", "\n").strip()
+
+
+def _same_number(left: str, right: str) -> bool:
+    try:
+        return Decimal(left) == Decimal(right)
+    except InvalidOperation:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A reading of Task/List, newest first, begun at one moment and read back far enough or to its end."""
+
+    tasks: Sequence[Task]
+    #: Seconds (monotonic) when the first page was asked for.
+    begun_at: float
+    #: True when the listing was read to its end.
+    to_the_end: bool
+    #: Ids in it that this run knows: they prove that the listing shows our tasks, and are claimed.
+    claimed: Collection[str]
+    #: Seconds (monotonic) of an earlier correct reading, None when this is the first.
+    earlier_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """The task is the row's own."""
+
+    task: Task
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """No task was made: the row may be submitted again."""
+
+
+@dataclass(frozen=True, slots=True)
+class LookAgain:
+    """Nothing certain yet."""
+
+    after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """It cannot be known: the row stays in doubt until the user decides."""
+
+    reason: str
+
+
+def settle_doubt(doubt: Doubt, listing: Listing, *, lost_at: float) -> Adopt | Absent | LookAgain | Hold:
+    """What a listing says of a doubt whose POST can last have been running at `lost_at` (monotonic s)."""
+    unclaimed = [task for task in listing.tasks if task.id not in listing.claimed]
+    matches = [(compare(doubt, task), task) for task in unclaimed]
+    # the oldest match first: among identical rows the first lost submit takes the first task
+    for match, task in reversed(matches):
+        if match is Match.SAME:
+            return Adopt(task)
+    grace_left_s = lost_at + GRACE_S - listing.begun_at
+    if grace_left_s > 0:
+        return LookAgain(grace_left_s)
+    if any(match is Match.UNKNOWABLE for match, _ in matches):
+        return Hold("the service does not echo the parameters of its newest tasks")
+    if not (listing.to_the_end or any(is_older(doubt, task) for task in listing.tasks)):
+        return Hold("the listing does not reach back to before the submit")
+    if listing.claimed:
+        return Absent()
+    if listing.earlier_at is None:
+        return LookAgain(SECOND_LOOK_S)
+    waited_s = listing.begun_at - max(listing.earlier_at, lost_at + GRACE_S)
+    if waited_s < SECOND_LOOK_S:
+        return LookAgain(SECOND_LOOK_S - waited_s)
+    return Absent()

@@ -1,0 +1,411 @@
+"""One start of a run, from a job to its outcome: folder, lock, state, manifest, service, dispatcher, files.
+
+Everything a start opens is closed when `Runner.run` returns, in the reverse order. Starting again with the same
+job is the resume: there is no other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable, Collection
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+
+from batchrun import errors
+from batchrun.dispatch.dispatcher import Dispatcher, Limits
+from batchrun.dispatch.listing import Listing
+from batchrun.dispatch.saving import Saver
+from batchrun.manifest.job import Job
+from batchrun.manifest.read import open_manifest
+from batchrun.model import TERMINAL, Counts, Failure, Row, State
+from batchrun.plan.inputs import LocalImages
+from batchrun.plan.prices import Estimate, estimate
+from batchrun.plan.reading import ID, Findings, Reading
+from batchrun.progress import Fact, Progress
+from batchrun.settings import Credentials
+from batchrun.store.folder import Folder
+from batchrun.store.planning import Merged, Planning, form_json
+from batchrun.store.records import dumps
+from batchrun.store.store import Requeued, Store
+from batchrun.tools.bind import Binder
+from batchrun.tools.catalog import Catalog, from_json, load
+from batchrun.wiro.client import Wiro
+
+#: Settings that decide what the rows of a manifest ask for.
+_READING_SETTINGS = (
+    "tool", "set", "map", "expand", "repeat", "extra", "format", "delimiter", "lora_scale", "skip_invalid",
+    "allow_outside", "max_requests", "max_row_bytes",
+)  # fmt: skip
+#: Prices are asked for this long; a run does not wait for them.
+_PRICES_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a start of a run ended."""
+
+    folder: Path
+    counts: Counts
+    #: Why it stopped early; None when every row rests that can.
+    stopped: str | None = None
+    #: Groups of rows that did not make it: state, a sample failure, how many rows, the first line.
+    failures: tuple[tuple[State, Failure, int, int], ...] = ()
+    #: Rows left in flight, with the reason, by row number.
+    left: dict[int, str] = field(default_factory=dict)
+    #: Rows in failed.csv or failed.jsonl.
+    rejected: int = 0
+    #: Rows beyond --limit.
+    beyond_limit: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        """0 all rows done, 1 some failed or in doubt, 3 stopped early."""
+        by_state = self.counts.by_state
+        unfinished = (
+            sum(rows for state, rows in by_state.items() if state not in TERMINAL) - self.beyond_limit
+        )
+        if self.stopped is not None and unfinished:
+            return 3
+        return 0 if by_state.get(State.DONE, 0) + self.beyond_limit == self.counts.total else 1
+
+
+@dataclass(slots=True)
+class Again:
+    """What `retry` asks for beside a plain start."""
+
+    states: Collection[State] = (State.FAILED, State.CANCELLED)
+    ids: Collection[str] = ()
+    requeued: Requeued = field(default_factory=Requeued)
+
+
+class Runner:
+    """One start of a run; `stop` and `abort` may be called while `run` is awaited."""
+
+    def __init__(
+        self,
+        job: Job,
+        credentials: Credentials,
+        *,
+        progress: Progress | None = None,
+        again: Again | None = None,
+        planned: Callable[[Runner], None] = lambda runner: None,
+    ) -> None:
+        self.job = job
+        self.progress = progress or Progress()
+        self.folder = Folder(job.folder)
+        #: What reading the manifest found; None until read, or when it was not read again.
+        self.findings: Findings | None = None
+        self.merged: Merged | None = None
+        self.estimates: list[Estimate] = []
+        self.again = again
+        self._credentials = credentials
+        self._planned = planned
+        self._dispatcher: Dispatcher | None = None
+        #: Covers what comes before the dispatcher; made in `run`, since it needs the event loop.
+        self._early: anyio.CancelScope | None = None
+        self._stopped: str | None = None
+
+    def stop(self, reason: str) -> None:
+        """Submit nothing more, finish downloads, leave running tasks to the next start."""
+        self._stopped = self._stopped or reason
+        if self._dispatcher is not None:
+            self._dispatcher.stop(reason)
+        elif self._early is not None:
+            self._early.cancel()
+
+    def abort(self) -> None:
+        """Leave at once; the state is intact."""
+        self._stopped = self._stopped or "stopped at once"
+        if self._dispatcher is not None:
+            self._dispatcher.abort()
+        if self._early is not None:
+            self._early.cancel()
+
+    async def run(self) -> Outcome:
+        """Take the folder, plan the manifest, work until every row rests or the run is stopped.
+
+        Raises ManifestError (nothing was sent), UsageError, StoreError or DiskError.
+        """
+        is_new = not self.folder.is_run
+        self.folder.create()
+        try:
+            with self.folder.locked():
+                store = Store.open(self.folder.state)
+                try:
+                    return await self._with_store(store)
+                finally:
+                    store.close()
+                    if is_new and self.merged is None:
+                        self._forget_folder()
+        except BaseExceptionGroup as group:
+            raise _root(group) from None
+
+    async def _with_store(self, store: Store) -> Outcome:
+        with anyio.CancelScope() as self._early:
+            if self._stopped is not None:
+                self._early.cancel()
+            await self._check_owner(store)
+            await store.begin_lease(
+                token=secrets.token_hex(8), host=socket.gethostname(), pid=os.getpid(), at=time.time()
+            )
+            if self.again is None:
+                await self._plan(store)
+            else:
+                self.again.requeued = await store.requeue(
+                    states=[state for state in self.again.states if state is not State.IN_DOUBT],
+                    ids=self.again.ids,
+                    regenerate_lost=self.job.regenerate_lost,
+                )
+            self.progress.begin(await store.counts())
+            return await self._work(store)
+        return Outcome(self.folder.path, Counts(), stopped=self._stopped)
+
+    # --- planning --------------------------------------------------------------------------------------
+
+    async def _check_owner(self, store: Store) -> None:
+        known = await store.manifest()
+        if known is None or self.again is not None:
+            return
+        mine = str(self.job.manifest)
+        moved = Path(known).name == Path(mine).name and not Path(known).exists()
+        if known != mine and not moved:
+            raise errors.FolderTaken(
+                f"{self.folder.path} belongs to another manifest, {known}; choose another folder with --out"
+            )
+
+    async def _plan(self, store: Store) -> None:
+        stamp = await anyio.to_thread.run_sync(_stamp, self.job)
+        if stamp is not None and stamp == await store.stamp() and not self.job.rerun_changed:
+            await store.remember_job(manifest=str(self.job.manifest), job=self.job.to_json())
+            return
+        reading, merged = await store.planning(
+            lambda connection: plan(
+                self.job,
+                load(),
+                Planning(connection),
+                stamp=stamp or "",
+                checkpoint=anyio.from_thread.check_cancelled,
+            )
+        )
+        self.findings = reading.findings
+        if merged is None:
+            raise errors.ManifestError(reading.findings.errors)
+        self.merged = merged
+        self.progress.announce(Fact.PLANNED, rows=merged.rows, images=merged.images, new=merged.new)
+
+    def _forget_folder(self) -> None:
+        """Nothing came of a new run: leave no folder that would belong to its manifest."""
+        for path in (*self.folder.path.glob(f"{self.folder.state.name}*"), self.folder.path / "run.lock"):
+            path.unlink(missing_ok=True)
+        for path in (self.folder.images, self.folder.path):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+    # --- working ------------------------------------------------------------------------------------------
+
+    async def _work(self, store: Store) -> Outcome:
+        binder_of = cache(self._binder)
+        listing = Listing(self.folder, store, self.progress, binder_of)
+        await listing.begin()
+        last_seq = await store.last_seq_of(self.job.limit) if self.job.limit else None
+        beyond_limit = await store.planned_beyond(last_seq) if last_seq else 0
+        dispatcher = None
+        if await store.has_work():
+            async with Wiro(self._credentials) as wiro, anyio.create_task_group() as group:
+                await self._ask_prices(wiro)
+                self._planned(self)
+                dispatcher = await self._dispatch(store, wiro, listing, group, last_seq, binder_of)
+        else:
+            self._planned(self)
+        return await self._finish(store, listing, dispatcher, beyond_limit)
+
+    async def _dispatch(
+        self,
+        store: Store,
+        wiro: Wiro,
+        listing: Listing,
+        group: anyio.abc.TaskGroup,
+        last_seq: int | None,
+        binder_of: Callable[[str], Binder],
+    ) -> Dispatcher:
+        job = self.job
+        saver = Saver(
+            self.folder.path,
+            store,
+            wiro,
+            self.progress,
+            downloads=job.downloads,
+            max_image_bytes=job.max_image_bytes,
+        )
+        await saver.begin()
+        manifest_folder = job.manifest.parent if isinstance(job.manifest, Path) else Path.cwd()
+        dispatcher = Dispatcher(
+            store=store,
+            service=wiro,
+            saver=saver,
+            progress=self.progress,
+            limits=Limits(
+                concurrency=None if job.concurrency == "auto" else int(job.concurrency),
+                max_concurrency=max(
+                    job.max_concurrency, 0 if job.concurrency == "auto" else int(job.concurrency)
+                ),
+                attempts=job.attempts,
+                last_seq=last_seq,
+                regenerate_lost=job.regenerate_lost,
+            ),
+            binders=binder_of,
+            image_path=LocalImages(manifest_folder, allow_outside=True).path,
+            give_up_doubt=self._give_up_doubt,
+            known_limit=await store.account_limit(),
+        )
+        self._dispatcher = dispatcher
+        if self._stopped is not None:
+            dispatcher.stop(self._stopped)
+        group.start_soon(listing.run)
+        await dispatcher.run()
+        group.cancel_scope.cancel()
+        return dispatcher
+
+    def _give_up_doubt(self, row: Row) -> bool:
+        again = self.again
+        if again is None or State.IN_DOUBT not in again.states:
+            return False
+        return not again.ids or row.id in again.ids or row.name in again.ids
+
+    def _binder(self, description: str) -> Binder:
+        return Binder(from_json(json.loads(description)), lora_scale=self.job.lora_scale)
+
+    async def _ask_prices(self, wiro: Wiro) -> None:
+        """What is known of the price of what was newly planned; a service that does not tell is not waited for."""
+        if self.findings is None or self.merged is None:
+            return
+        with anyio.move_on_after(_PRICES_S):
+            for tool, (rows, images) in self.merged.by_tool.items():
+                try:
+                    facts = await wiro.tool_price(*tool.removeprefix("/Run/").split("/", 1))
+                except errors.ServiceError:
+                    self.estimates.append(Estimate(tool, rows, images, None))
+                    continue
+                self.estimates.append(
+                    estimate(tool.rpartition("/")[2], rows, images, facts.prices, facts.approximate_cost_usd)
+                )
+
+    async def _finish(
+        self, store: Store, listing: Listing, dispatcher: Dispatcher | None, beyond_limit: int
+    ) -> Outcome:
+        with anyio.CancelScope(shield=True):
+            rejected = await listing.finish()
+            outcome = Outcome(
+                self.folder.path,
+                await store.counts(),
+                stopped=dispatcher.stopped if dispatcher is not None else self._stopped,
+                failures=tuple(await store.failures()),
+                left=dict(dispatcher.left) if dispatcher is not None else {},
+                rejected=rejected,
+                beyond_limit=beyond_limit,
+            )
+            await store.end_lease(time.time())
+        return outcome
+
+
+def plan(
+    job: Job,
+    catalog: Catalog,
+    planning: Planning,
+    *,
+    stamp: str,
+    checkpoint: Callable[[], None],
+    keep: bool = True,
+) -> tuple[Reading, Merged | None]:
+    """Read the job's manifest and, when it is right, make its rows the run's; None when it is not.
+
+    With `keep` false nothing is kept: a check.
+    """
+    source = job.manifest if isinstance(job.manifest, Path) else sys.stdin.buffer
+    name = _shown(job.manifest)
+    with open_manifest(
+        source, name=name, format=job.format, delimiter=job.delimiter, max_row_bytes=job.max_row_bytes
+    ) as manifest:
+        reading = Reading(job, catalog, planning, name=name, checkpoint=checkpoint)
+        try:
+            reading.read(manifest)
+            found = reading.findings
+            if not keep or found.fatal or (found.error_count and not job.skip_invalid):
+                return reading, None
+            form = form_json(
+                format=manifest.format,
+                delimiter=manifest.delimiter,
+                columns=_columns(job, manifest.columns),
+            )
+            merged = planning.merge(
+                stamp=stamp,
+                form=form,
+                rerun_changed=job.rerun_changed,
+                manifest=str(job.manifest),
+                job=job.to_json(),
+                at=time.time(),
+            )
+            return reading, merged
+        finally:
+            planning.abandon()
+
+
+def _columns(job: Job, columns: list[str] | None) -> list[str] | None:
+    """The manifest's columns and those that its expansion adds."""
+    if columns is None:
+        return None
+    added = [job.map.get(axis.name, axis.name) for axis in job.axes]
+    if job.axes or job.repeat > 1:
+        added.append(job.map.get(ID, ID)) if job.map.get(ID, ID) in columns else None
+    return [*columns, *(name for name in added if name not in columns)]
+
+
+def _shown(manifest: Path | str) -> str:
+    """The manifest as messages name it: relative to the current folder where it lies below."""
+    path = Path(manifest)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _stamp(job: Job) -> str | None:
+    """What tells an unchanged manifest: its size, time and hash, and the settings that read it.
+
+    None for standard input. Raises ManifestError when it cannot be read.
+    """
+    if not isinstance(job.manifest, Path):
+        return None
+    settings = {name: getattr(job, name) for name in _READING_SETTINGS}
+    try:
+        with job.manifest.open("rb") as file:
+            digest = sha256()
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        facts = job.manifest.stat()
+    except OSError as error:
+        from batchrun.model import Problem
+
+        problem = Problem(f"cannot be read: {error.strerror}; check the path", _shown(job.manifest))
+        raise errors.ManifestError([problem]) from error
+    settings_print = sha256(dumps(settings).encode()).hexdigest()[:16]
+    return dumps([facts.st_size, facts.st_mtime_ns, digest.hexdigest(), settings_print])
+
+
+def _root(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one error that matters of a group: one of ours where there is one."""
+    for error in group.exceptions:
+        inner = _root(error) if isinstance(error, BaseExceptionGroup) else error
+        if isinstance(inner, errors.BatchrunError):
+            return inner
+    first = group.exceptions[0]
+    return _root(first) if isinstance(first, BaseExceptionGroup) else first

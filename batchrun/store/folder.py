@@ -1,0 +1,89 @@
+"""The folder of a run: what lies where in it, and the lock that keeps a second runner out.
+
+state.sqlite3     the state (mode 0600: task tokens are secrets)
+images/           final images and metadata.jsonl
+results.jsonl     a line per settled row
+failed.csv        or .jsonl: rows that did not make it
+partial/          images on their way
+pending/          images of a rerun, until all of a row's are there
+superseded/       images that a rerun replaced
+run.lock          held while a runner lives; the system releases it when the process dies
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from batchrun.errors import DiskError, FolderBusy, UsageError
+from batchrun.store.store import STATE_FILE, connect
+
+
+class Folder:
+    """A run's folder by its path; nothing is made until `create`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.state = path / STATE_FILE
+        self.images = path / "images"
+        self.metadata = self.images / "metadata.jsonl"
+        self.results = path / "results.jsonl"
+
+    @property
+    def is_run(self) -> bool:
+        """Whether there is a run's state in it."""
+        return self.state.is_file()
+
+    def create(self) -> None:
+        """Make the folder. Raises DiskError; UsageError when something else is in its place."""
+        try:
+            self.images.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise UsageError(f"{self.path} is a file; choose another folder with --out") from error
+        except OSError as error:
+            raise DiskError(
+                f"{self.path} cannot be made: {error.strerror}; choose another folder with --out"
+            ) from error
+
+    def expect_run(self) -> None:
+        """Raises UsageError when the folder holds no run."""
+        if not self.is_run:
+            raise UsageError(
+                f"{self.path} holds no run; name the folder that a run was told with --out (see runs/)"
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process. Raises FolderBusy naming the runner that holds it."""
+        lock = FileLock(self.path / "run.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise FolderBusy(f"{self.path} is in use{self._holder()}; wait for it or stop it first") from None
+        except OSError as error:
+            raise DiskError(f"{self.path} cannot be locked: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _holder(self) -> str:
+        try:
+            connection = connect(self.state, read_only=True)
+            try:
+                record = connection.execute(
+                    "SELECT host, pid, started_at FROM leases WHERE ended_at IS NULL ORDER BY id DESC LIMIT 1"
+                ).fetchone()
+            finally:
+                connection.close()
+        except (sqlite3.Error, Exception):  # noqa: BLE001  the message is better than none
+            record = None
+        if record is None:
+            return ""
+        since = datetime.fromtimestamp(record[2], tz=UTC).astimezone().strftime("%H:%M on %d %b")
+        return f" by process {record[1]} on {record[0]}, since {since}"

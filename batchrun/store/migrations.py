@@ -1,0 +1,43 @@
+"""Steps that bring a state file to the present form; a step and the note that it ran commit together."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+from batchrun.errors import StoreTooNew
+
+
+def _first(connection: sqlite3.Connection) -> None:
+    for statement in _statements(Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")):
+        connection.execute(statement)
+
+
+def _statements(script: str) -> list[str]:
+    """The statements of a script; executescript() would commit, and a step must be whole or absent."""
+    lines = [line.split("--")[0] for line in script.splitlines()]
+    return [statement for part in "\n".join(lines).split(";") if (statement := part.strip())]
+
+
+#: In order; the file's user_version counts how many have run.
+STEPS: tuple[Callable[[sqlite3.Connection], None], ...] = (_first,)
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring the file to the present form; raises StoreTooNew for a file from a newer batchrun."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(STEPS):
+        raise StoreTooNew(
+            f"the state was written by a newer batchrun (its form {version}, this one knows {len(STEPS)}); "
+            "update batchrun to go on with this run"
+        )
+    for number, step in enumerate(STEPS[version:], start=version + 1):
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            step(connection)
+            connection.execute(f"PRAGMA user_version = {number}")
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+        connection.execute("COMMIT")

@@ -1,0 +1,108 @@
+"""Rows of the database as model records and back."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
+from typing import Any
+
+from batchrun.model import Attempt, Failure, LocalImage, Output, Row, State, Value
+
+ROW_COLUMNS = (
+    "seq, key, id, line, name, tool, given, extra, images, state, attempts, generation, cause, message"
+)
+ATTEMPT_COLUMNS = (
+    "number, task_id, token, intent_at, intent_server_at, after_task, status, pexit, cost_usd, error, seconds"
+)
+OUTPUT_COLUMNS = "number, url, name, content_type, declared_bytes, path, sha256, size_bytes, media_type, width_px, height_px"
+
+
+def dumps(value: Any) -> str:
+    """Compact JSON text; Decimals keep their digits as text."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+
+
+def given_to_json(given: Mapping[str, Value | LocalImage]) -> str:
+    """What a row gives, as JSON text; a local image is an object with file, sha256 and bytes."""
+    return dumps(
+        {
+            name: {"file": value.path, "sha256": value.sha256, "bytes": value.size_bytes}
+            if isinstance(value, LocalImage)
+            else value
+            for name, value in given.items()
+        }
+    )
+
+
+def given_from_json(text: str) -> dict[str, Value | LocalImage]:
+    """The inverse of given_to_json."""
+    return {
+        name: LocalImage(value["file"], value["sha256"], value["bytes"]) if isinstance(value, dict) else value
+        for name, value in json.loads(text).items()
+    }
+
+
+def read_row(record: tuple[Any, ...], attempt: Attempt | None, outputs: Iterable[Output]) -> Row:
+    """A Row from a record of ROW_COLUMNS."""
+    (seq, key, id_, line, name, tool, given, extra, images, state, attempts, generation, cause, message) = (
+        record
+    )
+    return Row(
+        seq=seq,
+        key=key,
+        id=id_,
+        line=line,
+        name=name,
+        tool=tool or 0,
+        given=given_from_json(given),
+        extra=json.loads(extra, parse_float=Decimal),
+        images=images,
+        state=State(state),
+        attempts=attempts,
+        failure=Failure(cause, message or "") if cause else None,
+        attempt=attempt,
+        outputs=tuple(outputs),
+        generation=generation,
+    )
+
+
+def read_attempt(record: tuple[Any, ...]) -> Attempt:
+    """An Attempt from a record of ATTEMPT_COLUMNS."""
+    number, task_id, token, intent_at, server_at, after_task, status, pexit, cost, error, seconds = record
+    return Attempt(
+        number=number,
+        task_id=task_id,
+        token=token,
+        intent_at=intent_at,
+        intent_server_at=server_at,
+        after_task=after_task,
+        status=status,
+        pexit=pexit,
+        cost_usd=None if cost is None else Decimal(cost),
+        error=error,
+        seconds=None if seconds is None else Decimal(seconds),
+    )
+
+
+def read_output(record: tuple[Any, ...]) -> Output:
+    """An Output from a record of OUTPUT_COLUMNS."""
+    return Output(*record)
+
+
+def load_row(connection: sqlite3.Connection, seq: int) -> Row:
+    """The row with its newest attempt and the outputs of its present generation; KeyError when unknown."""
+    record = connection.execute(f"SELECT {ROW_COLUMNS} FROM rows WHERE seq = ?", (seq,)).fetchone()
+    if record is None:
+        raise KeyError(seq)
+    generation = record[11]
+    attempt = connection.execute(
+        f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE row = ? AND generation = ? ORDER BY number DESC LIMIT 1",
+        (seq, generation),
+    ).fetchone()
+    outputs = connection.execute(
+        f"SELECT {OUTPUT_COLUMNS} FROM outputs WHERE row = ? AND generation = ? ORDER BY number",
+        (seq, generation),
+    ).fetchall()
+    return read_row(record, read_attempt(attempt) if attempt else None, map(read_output, outputs))
