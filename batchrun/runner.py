@@ -36,6 +36,7 @@ from batchrun.plan.reading import ID, Findings, Reading
 from batchrun.progress import Fact, Progress
 from batchrun.settings import Credentials
 from batchrun.store.folder import Folder
+from batchrun.store.orders import order_cancel
 from batchrun.store.planning import Merged, Planning, form_json
 from batchrun.store.records import dumps
 from batchrun.store.store import Requeued, Store
@@ -76,7 +77,7 @@ class Outcome:
         unfinished = (
             sum(rows for state, rows in by_state.items() if state not in TERMINAL) - self.beyond_limit
         )
-        if self.stopped is not None and unfinished:
+        if self.stopped is not None and (unfinished or not self.counts.total):
             return 3
         return 0 if by_state.get(State.DONE, 0) + self.beyond_limit == self.counts.total else 1
 
@@ -87,6 +88,8 @@ class Again:
 
     states: Collection[State] = (State.FAILED, State.CANCELLED)
     ids: Collection[str] = ()
+    #: Only to cancel what runs at the service: nothing is submitted.
+    cancel: bool = False
     requeued: Requeued = field(default_factory=Requeued)
 
 
@@ -109,6 +112,8 @@ class Runner:
         self.findings: Findings | None = None
         self.merged: Merged | None = None
         self.estimates: list[Estimate] = []
+        #: Planned rows that this start leaves alone, by --limit.
+        self.beyond_limit = 0
         self.again = again
         self._credentials = credentials
         self._planned = planned
@@ -168,6 +173,8 @@ class Runner:
                     ids=self.again.ids,
                     regenerate_lost=self.job.regenerate_lost,
                 )
+                if self.again.cancel:  # the dispatcher takes up what runs, then obeys as it does any order
+                    await anyio.to_thread.run_sync(order_cancel, self.folder.state)
             self.progress.begin(await store.counts())
             return await self._work(store)
         return Outcome(self.folder.path, Counts(), stopped=self._stopped)
@@ -220,7 +227,10 @@ class Runner:
         listing = Listing(self.folder, store, self.progress, binder_of)
         await listing.begin()
         last_seq = await store.last_seq_of(self.job.limit) if self.job.limit else None
-        beyond_limit = await store.planned_beyond(last_seq) if last_seq else 0
+        if self.again is not None and self.again.cancel:
+            last_seq = 0
+        if last_seq is not None:
+            self.beyond_limit = await store.planned_beyond(last_seq)
         dispatcher = None
         if await store.has_work():
             async with Wiro(self._credentials) as wiro, anyio.create_task_group() as group:
@@ -229,7 +239,7 @@ class Runner:
                 dispatcher = await self._dispatch(store, wiro, listing, group, last_seq, binder_of)
         else:
             self._planned(self)
-        return await self._finish(store, listing, dispatcher, beyond_limit)
+        return await self._finish(store, listing, dispatcher)
 
     async def _dispatch(
         self,
@@ -302,9 +312,7 @@ class Runner:
                     estimate(tool.rpartition("/")[2], rows, images, facts.prices, facts.approximate_cost_usd)
                 )
 
-    async def _finish(
-        self, store: Store, listing: Listing, dispatcher: Dispatcher | None, beyond_limit: int
-    ) -> Outcome:
+    async def _finish(self, store: Store, listing: Listing, dispatcher: Dispatcher | None) -> Outcome:
         with anyio.CancelScope(shield=True):
             rejected = await listing.finish()
             outcome = Outcome(
@@ -314,10 +322,32 @@ class Runner:
                 failures=tuple(await store.failures()),
                 left=dict(dispatcher.left) if dispatcher is not None else {},
                 rejected=rejected,
-                beyond_limit=beyond_limit,
+                beyond_limit=self.beyond_limit,
             )
             await store.end_lease(time.time())
         return outcome
+
+
+async def bring_up_to_date(folder: Folder) -> None:
+    """Write what a killed runner still owed to the sidecar files. The caller holds the folder's lock."""
+    store = Store.open(folder.state)
+    try:
+        job = await store.job()
+        lora_scale = Job.from_json(job).lora_scale if job else "prompt"
+        await store.begin_lease(
+            token=secrets.token_hex(8), host=socket.gethostname(), pid=os.getpid(), at=time.time()
+        )
+        listing = Listing(
+            folder,
+            store,
+            Progress(),
+            cache(lambda text: Binder(from_json(json.loads(text)), lora_scale=lora_scale)),
+        )
+        await listing.begin()
+        await listing.finish()
+        await store.end_lease(time.time())
+    finally:
+        store.close()
 
 
 def plan(

@@ -1,39 +1,69 @@
-"""`batchrun run`: a first version."""
+"""`batchrun run`: the main job. Running the same command again is the resume."""
 
 from __future__ import annotations
 
-import os
-import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from batchrun.cli.options import job_of, reading_options, service_options, working_options
 
-@click.command()
-@click.argument("job")
-@click.option("--tool")
-@click.option("--out")
-@click.option("--set", "set_", multiple=True)
-@click.option("--map", "map_", multiple=True)
-@click.option("--expand", multiple=True)
-@click.option("--extra")
-@click.option("--concurrency")
-def run(job: str, tool: str | None, out: str | None, set_: tuple[str, ...], map_: tuple[str, ...], expand: tuple[str, ...], extra: str | None, concurrency: str | None) -> None:
-    """Run a job."""
-    import anyio
-
-    from batchrun.manifest.job import job_for, parse_assignments
-    from batchrun.progress import Event, Progress
+if TYPE_CHECKING:
+    from batchrun.report.words import Line
     from batchrun.runner import Runner
-    from batchrun.settings import credentials
 
-    made = job_for(job, tool=tool, out=out, set=parse_assignments(set_, "--set"), map=parse_assignments(map_, "--map"),
-                   expand=parse_assignments(expand, "--expand"), extra=extra, concurrency=int(concurrency) if concurrency else None)
 
-    def listen(event: Event) -> None:
-        print(event.fact, event.seq, dict(event.details), file=sys.stderr)
+@click.command(short_help="Turn a manifest into images; run again to go on.")
+@click.argument("job", metavar="JOB")
+@reading_options
+@working_options
+@service_options
+@click.option("--json", "as_json", is_flag=True, help="End with a JSON object: errors of the manifest, or the run's end.")
+def run(
+    job: str,
+    env_file: Path | None,
+    simulate: bool,
+    log_file: Path | None,
+    no_display: bool,
+    as_json: bool,
+    **values: Any,
+) -> int:
+    """Bring every image of JOB to disk: a manifest (.csv, .tsv, .jsonl, .json, each also .gz), "-" for standard
+    input, or a job file (.toml).
 
-    progress = Progress(listen)
-    runner = Runner(made, credentials(os.environ), progress=progress)
-    outcome = anyio.run(runner.run)
-    print(outcome)
-    sys.exit(outcome.exit_code)
+    All errors of the manifest are told before anything is sent. The run can be stopped (Ctrl-C) or killed at any
+    moment; the same command goes on where it was, and never buys a finished row again.
+
+    Keys are read from WIRO_API_KEY and WIRO_API_SECRET. Exit code: 0 all rows done, 1 some failed or in doubt,
+    2 wrong arguments or manifest (nothing was sent), 3 stopped early.
+    """
+    from batchrun.cli.problems import telling_errors
+
+    with telling_errors(as_json=as_json):
+        made = job_of(job, values)
+        from batchrun.cli.session import conduct
+
+        return conduct(
+            made,
+            opening=_opening,
+            env_file=env_file,
+            simulate=simulate,
+            log_file=log_file,
+            no_display=no_display,
+            as_json=as_json,
+        ).exit_code
+
+
+def _opening(runner: Runner) -> Iterator[Line]:
+    from batchrun.model import Counts
+    from batchrun.report import opening
+
+    counts = Counts(runner.progress.counts)
+    if runner.merged is None:
+        yield from opening.going_on(counts, limit=runner.job.limit)
+    else:
+        yield from opening.planned(runner.merged, runner.estimates, counts, limit=runner.job.limit)
+    if runner.findings is not None:
+        yield from opening.remarks(runner.findings)

@@ -44,7 +44,7 @@ from batchrun.rules.policy import (
     charged,
     may_try_again,
 )
-from batchrun.rules.recovery import Absent, Adopt, Step, next_step
+from batchrun.rules.recovery import Absent, Adopt, Hold, Step, next_step
 from batchrun.rules.recovery import Doubt as LostSubmit
 from batchrun.rules.states import Event
 from batchrun.store.records import dumps
@@ -59,6 +59,8 @@ if TYPE_CHECKING:
 DRAIN_S = 60.0
 #: An exhausted balance is waited for this long.
 MAX_PAUSE_S = 3600.0
+#: A doubtful submit's task may be active this long while the tool's usual time is not known.
+UNKNOWN_TIME_S = 60.0
 #: Rows claimed at once.
 CLAIM = 32
 #: How often another process's orders are looked for.
@@ -298,9 +300,6 @@ class Dispatcher:
         return after
 
     def _accepted(self, row: Row, accepted: Accepted) -> None:
-        if self._gate.reason is not None:
-            self._progress.paused = None
-            self._progress.announce(Fact.RESUMED)
         self._gate.open()
         self._slots.accepted()
         self._missing_tools.pop(row.tool, None)
@@ -317,7 +316,7 @@ class Dispatcher:
         decision = after_submit(error, refused_for_s=now - since, tries=tries + 1, rng=self._rng)
         match decision:
             case Doubt():
-                self._gate.shut(UNREACHABLE, probe=probe)
+                self._gate.trouble(UNREACHABLE, probe=probe)
                 self._lost_at[row.seq] = now
                 self._progress.announce(Fact.DOUBT, row, message=decision.reason)
                 return await self._store.record_doubt(row.seq, decision.reason)
@@ -336,9 +335,13 @@ class Dispatcher:
                 self._slots.refused(decision.limit)
                 await self._store.adopt_limit(decision.limit)
                 self._progress.announce(Fact.LIMIT, limit=self._slots.limit, told=decision.limit)
+            case Pause(reason=reason) if reason == UNREACHABLE:
+                self._gate.trouble(reason, probe=probe)
+                slot.give()
+                with self._wait():
+                    await anyio.sleep(self._rng.uniform(0.1, 1.0))
             case Pause():
                 self._gate.shut(decision.reason, probe=probe, after_s=decision.after_s)
-                self._paused(decision.reason)
             case Stop():
                 self._gate.unsure(probe=probe)
                 self.stop(decision.reason)
@@ -351,11 +354,6 @@ class Dispatcher:
                 with self._wait():
                     await anyio.sleep(decision.after_s if isinstance(decision, Retry) else 2.0)
         return row if self.stopped is None else None
-
-    def _paused(self, reason: str) -> None:
-        if self._progress.paused != reason:
-            self._progress.paused = reason
-            self._progress.announce(Fact.PAUSED, reason=reason)
 
     async def _reject(self, row: Row, failure: Failure) -> Row:
         after = await self._store.record_rejected(row.seq, failure)
@@ -418,11 +416,7 @@ class Dispatcher:
             if isinstance(body, Failure):
                 answer: object = body
             else:
-                answer = await self._doubts.settle(
-                    _lost_submit(row, body),
-                    lost_at=lost_at,
-                    busy=lambda: self._under_way[_body_print(body)] > 0,
-                )
+                answer = await self._settle(row, slot, body, lost_at)
         if waiting.cancelled_caught:
             return None
         if isinstance(answer, Adopt):
@@ -441,6 +435,26 @@ class Dispatcher:
         self._leave(row, Fact.HELD, reason)
         return None
 
+    async def _settle(
+        self, row: Row, slot: _Slot, body: Mapping[str, Value], lost_at: float
+    ) -> Adopt | Absent | Hold:
+        """Look the row's submit up; its slot is held only while its task, if there is one, may be active."""
+
+        async def give_in_time() -> None:
+            typical_s = self._tracker.durations[row.tool].typical_s
+            await anyio.sleep(2 * typical_s if typical_s is not None else UNKNOWN_TIME_S)
+            slot.give()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(give_in_time)
+            answer = await self._doubts.settle(
+                _lost_submit(row, body),
+                lost_at=lost_at,
+                busy=lambda: self._under_way[_body_print(body)] > 0,
+            )
+            group.cancel_scope.cancel()
+        return answer
+
     def _leave(self, row: Row, fact: Fact, reason: str) -> None:
         self.left[row.seq] = reason
         self._progress.announce(fact, row, message=reason)
@@ -452,6 +466,7 @@ class Dispatcher:
         attempt = row.attempt
         assert attempt is not None
         assert attempt.task_id is not None
+        slot.take_anyway()
         age_s = max(0.0, time.time() - attempt.intent_at)
         with self._wait() as waiting:
             ended = await self._tracker.follow(
@@ -514,9 +529,12 @@ class Dispatcher:
         while True:
             await anyio.sleep(0.5)
             self._progress.limit = self._slots.limit
-            if self._gate.reason is None:
-                self._progress.paused = None
-            elif self._gate.reason == BALANCE and self._gate.shut_for_s() > MAX_PAUSE_S:
+            if self._progress.paused != self._gate.reason:
+                self._progress.paused = self._gate.reason
+                self._progress.announce(
+                    Fact.PAUSED if self._gate.reason else Fact.RESUMED, reason=self._gate.reason
+                )
+            if self._gate.reason == BALANCE and self._gate.shut_for_s() > MAX_PAUSE_S:
                 self.stop("the balance is exhausted: add money to the account and run again")
 
     async def _cancel_task(self, row: Row) -> Ended:

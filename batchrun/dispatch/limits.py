@@ -13,10 +13,14 @@ import anyio
 
 from batchrun.rules.policy import BALANCE, backoff_s
 
-#: Without knowledge of the account, begin with this many tasks and double while none is refused.
+#: Without knowledge of the account, begin with this many tasks and add one for each accepted.
 FIRST_LIMIT = 8
-#: After a refusal a higher limit is tried again after this long, twice as long each time in vain.
-PROBE_S = (5.0, 60.0)
+#: After a refusal a higher limit is tried again after this long; twice as long each time that is refused too.
+PROBE_S = (1.0, 60.0)
+#: So many submits in a row without a sound answer, over all rows, are an outage.
+OUTAGE = 4
+#: Waiters look at the clock this often: a probe or a reopening may be due.
+LOOK_S = 0.5
 
 
 class Slots:
@@ -28,8 +32,10 @@ class Slots:
         self.ceiling = fixed or ceiling
         self.limit = min(self.ceiling, fixed or max(known or 0, FIRST_LIMIT))
         self.in_use = 0
-        self.refusals = 0
+        self._refusals = 0
+        #: Until the first refusal the limit grows with every task accepted.
         self._growing = fixed is None
+        self._probing = False
         self._probe_wait_s = PROBE_S[0]
         self._probe_at = float("inf")
         self._closed_until = 0.0
@@ -38,27 +44,20 @@ class Slots:
 
     async def take(self) -> None:
         """Wait for a slot and hold it; first come, first served."""
-        while True:
-            if not self._waiting and self._free():
-                self.in_use += 1
-                return
-            turn = anyio.Event()
-            self._waiting.append(turn)
-            try:
-                with anyio.move_on_at(max(self._closed_until, anyio.current_time() + 1.0)):
+        turn = anyio.Event()
+        self._waiting.append(turn)
+        self._hand_out()
+        try:
+            while not turn.is_set():
+                with anyio.move_on_after(LOOK_S):
                     await turn.wait()
-            except BaseException:
-                if turn.is_set():  # the slot was handed to us on the way out
-                    self.give()
-                raise
-            finally:
-                if turn in self._waiting:
-                    self._waiting.remove(turn)
-            if turn.is_set():
-                return
-            self._hand_out()  # a closed time or a probe time may have come
-            if not self._waiting and self._free():
-                continue
+                self._hand_out()
+        except BaseException:
+            if turn.is_set():  # handed to us on the way out
+                self.give()
+            else:
+                self._waiting.remove(turn)
+            raise
 
     def take_anyway(self) -> None:
         """Hold a slot for a task that is active already, even beyond the limit."""
@@ -72,33 +71,39 @@ class Slots:
     def refused(self, told: int | None) -> None:
         """Code 96: the service has no slot for the caller, who still holds one of ours.
 
-        Others may use the account too, so the limit becomes what we were able to hold.
+        Others may use the account too, so the limit becomes what we were able to hold; more is tried soon,
+        and ever later while that is refused.
         """
         now = anyio.current_time()
-        self.refusals += 1
+        self._refusals += 1
         self._growing = False
         held = self.in_use - 1
         self.limit = max(1, min(self.limit, held, told if told is not None else held))
-        self._probe_wait_s = min(PROBE_S[1], self._probe_wait_s * 2)
+        self._probe_wait_s = min(PROBE_S[1], self._probe_wait_s * 2) if self._probing else PROBE_S[0]
+        self._probing = False
         self._probe_at = now + self._probe_wait_s * self._rng.uniform(0.75, 1.25)
         if held <= 0:  # nothing of ours will end and wake us: try again after a while
-            self._closed_until = now + backoff_s(min(self.refusals, 5), base_s=2.0, cap_s=30.0, rng=self._rng)
+            wait_s = backoff_s(min(self._refusals, 5), base_s=2.0, cap_s=30.0, rng=self._rng)
+            self._closed_until = now + max(0.5, wait_s)
 
     def accepted(self) -> None:
         """A submit was accepted: the service is not full."""
-        self.refusals = 0
+        self._refusals = 0
         if self._growing and self.limit < self.ceiling:
             self.limit += 1
             self._hand_out()
-        elif self.in_use >= self.limit:
+        elif self._probing and self.in_use >= self.limit:
+            self._probing = False
             self._probe_wait_s = PROBE_S[0]
+            self._probe_at = min(self._probe_at, anyio.current_time() + PROBE_S[0])
 
     def _free(self) -> bool:
         now = anyio.current_time()
         if now < self._closed_until:
             return False
-        if now >= self._probe_at and self.limit < self.ceiling and self.in_use >= self.limit:
+        if self.in_use >= self.limit and self.limit < self.ceiling and now >= self._probe_at:
             self.limit += 1
+            self._probing = True
             self._probe_at = now + self._probe_wait_s
         return self.in_use < self.limit
 
@@ -109,7 +114,10 @@ class Slots:
 
 
 class Gate:
-    """Submits pass while the service is well; after trouble they wait, and one at a time tries."""
+    """Submits pass while the service is well; after trouble they wait, and one at a time tries.
+
+    One lost connection is a row's bad luck; several in a row, over all rows, are an outage.
+    """
 
     def __init__(self, *, rng: Random | None = None) -> None:
         #: Why submits wait, None while they pass.
@@ -118,6 +126,7 @@ class Gate:
         self.since = 0.0
         self._until = 0.0
         self._troubles = 0
+        self._in_a_row = 0
         self._probing = False
         self._changed = anyio.Event()
         self._rng = rng or Random()
@@ -144,6 +153,7 @@ class Gate:
     def open(self) -> None:
         """The service answered as it should."""
         self.reason = None
+        self._in_a_row = 0
         self._troubles = 0
         self._probing = False
         self._announce()
@@ -160,6 +170,14 @@ class Gate:
         wait_s = after_s if after_s is not None else min(cap_s, base_s * 2 ** min(self._troubles - 1, 16))
         self._until = max(self._until, now + wait_s * self._rng.uniform(1.0, 1.2))
         self.unsure(probe=probe)
+
+    def trouble(self, reason: str, *, probe: bool) -> None:
+        """A submit met a broken connection or a faulty answer; enough of them in a row are an outage."""
+        self._in_a_row += 1
+        if self.reason is not None or self._in_a_row >= OUTAGE:
+            self.shut(reason, probe=probe)
+        else:
+            self.unsure(probe=probe)
 
     def unsure(self, *, probe: bool) -> None:
         """The caller's submit said nothing about the service's health; somebody else tries."""

@@ -91,8 +91,9 @@ class JsonArray:
                 value, end = json_text.decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 cut_short = error.pos >= len(self._text) - _LONGEST_TOKEN or "Unterminated" in error.msg
+                offset = error.pos - self._at  # growing moves the window
                 if not cut_short or not self._grow(len(self._text) - self._at):
-                    raise self._fault(f"not JSON: {error.msg}", error.pos) from None
+                    raise self._fault(f"not JSON: {error.msg}", self._at + offset) from None
             except json_text.JsonFault as error:
                 raise self._fault(str(error)) from None
             else:

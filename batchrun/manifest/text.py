@@ -105,7 +105,8 @@ class Text:
         if not self._bytes_before:
             if block.startswith(_UTF16_BOMS):
                 raise Fault("the file is UTF-16; save it as UTF-8", 1)
-            begin = len(_BOM) if block.startswith(_BOM) else 0
+            while block.startswith(_BOM, begin):  # some files were marked twice
+                begin += len(_BOM)
         bad = block.find(b"\0")
         fault = (
             f"a NUL byte (byte {self._bytes_before + bad}); save the file as UTF-8 text" if bad >= 0 else ""

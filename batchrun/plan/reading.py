@@ -95,6 +95,8 @@ class Reading:
         self.findings = Findings()
         self.rows_by_tool: Counter[str] = Counter()
         self.requests = 0
+        #: Of the rows that can be asked for.
+        self.images = 0
         self._job = job
         self._catalog = catalog
         self._planning = planning
@@ -129,7 +131,7 @@ class Reading:
         self._unseen_columns -= set(manifest.columns or ())
         self.findings.fatal = self.findings.fatal or not manifest.complete
         self._check_names()
-        identical = self._planning.summary()[3]
+        _, self.images, _, identical = self._planning.summary()
         self._check_ids()
         self.findings.hints.extend(self._hints.told(file=self._name, identical=identical))
 
@@ -168,7 +170,6 @@ class Reading:
             self._problem(row.line, "", str(error))
             self._stage_invalid(row.line, id_, row.cells, str(error))
             return
-        self.rows_by_tool[used.tool.slug] += 1
         if expansion.size > 1:
             self._expanded += expansion.size
             if self._expanded > self._job.max_requests:
@@ -200,6 +201,7 @@ class Reading:
         faults: list[Problem],
     ) -> None:
         self.requests += 1
+        self.rows_by_tool[used.tool.slug] += 1
         own_id = f"{id_}.{n}" if id_ is not None and n else id_
         source = self._source(row, own_id, overlay) if n else row.cells
         try:

@@ -111,7 +111,7 @@ def _decimal(_context: click.Context, _parameter: click.Parameter, value: str) -
     multiple=True,
     metavar="RULE",
     help="Something that is to go wrong: NAME, NAME=2%, NAME@3,7 (third and seventh time), NAME*5 (first "
-    "five times), NAME:TOOL=... (one tool), all=2% (everyday faults). Repeatable; `--fault help` lists the names.",
+    "five times), NAME:TOOL=... (one tool), all=2% (everyday faults). Repeatable. `--fault help` lists them.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="For durations and chances.")
 @click.option(

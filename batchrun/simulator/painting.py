@@ -73,8 +73,10 @@ def _caption(image: Image.Image, picture: Picture) -> None:
     size = max(9, min(width, height) // 26)
     font = _font(size)
     per_line = max(8, int(width * 0.92 / (size * 0.52)))
-    lines = textwrap.wrap(picture.prompt, per_line, max_lines=4, placeholder=" ...") or ["(no prompt)"]
-    foot = f"{picture.tool}   seed {picture.seed or '-'}   #{picture.index}"
+    lines = textwrap.wrap(picture.words["Description"], per_line, max_lines=4, placeholder=" ...") or [
+        "(no prompt)"
+    ]
+    foot = f"{picture.tool}   seed {picture.words['Seed'] or '-'}   #{picture.index}"
     lines.append(textwrap.shorten(foot, per_line, placeholder="..."))
     line_px = int(size * 1.35)
     top = max(0, height - line_px * len(lines) - size)

@@ -54,8 +54,11 @@ class Picture:
 
     @property
     def words(self) -> dict[str, str]:
-        """The texts that stand in the file."""
-        return {"Title": self.tool, "Description": self.prompt, "Seed": self.seed, "Index": str(self.index)}
+        """The texts that stand in the file, fit for UTF-8 and without NUL."""
+        texts = {"Title": self.tool, "Description": self.prompt, "Seed": self.seed, "Index": str(self.index)}
+        return {
+            key: text.encode("utf-8", "replace").decode().replace("\0", " ") for key, text in texts.items()
+        }
 
 
 def format_of(tool: Tool) -> Format:
@@ -130,9 +133,9 @@ def _tiny_png(picture: Picture) -> bytes:
 def png_text(key: str, text: str) -> bytes:
     """A text chunk: tEXt where Latin-1 can say it, iTXt otherwise."""
     try:
-        return _png_chunk(b"tEXt", key.encode() + b"\0" + text.encode("latin-1").replace(b"\0", b" "))
+        return _png_chunk(b"tEXt", key.encode() + b"\0" + text.encode("latin-1"))
     except UnicodeEncodeError:
-        return _png_chunk(b"iTXt", key.encode() + b"\0\0\0\0\0" + text.encode("utf-8", "replace"))
+        return _png_chunk(b"iTXt", key.encode() + b"\0\0\0\0\0" + text.encode())
 
 
 def _png_chunk(kind: bytes, data: bytes) -> bytes:
@@ -158,7 +161,7 @@ def _riff_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _lines(words: dict[str, str]) -> bytes:
-    return "\n".join(f"{key}: {text}" for key, text in words.items()).encode("utf-8", "replace")
+    return "\n".join(f"{key}: {text}" for key, text in words.items()).encode()
 
 
 @lru_cache(maxsize=2 * _COLOURS)

@@ -8,6 +8,8 @@ end of a task it waits for) says something new, and is woken early when a schedu
 from __future__ import annotations
 
 import contextlib
+import heapq
+import itertools
 import json
 import math
 from typing import Any
@@ -16,7 +18,7 @@ import anyio
 from aiohttp import WSMsgType, web
 
 from batchrun.simulator.envelope import Refusal, page
-from batchrun.simulator.tasks import TERMINAL, SimTask
+from batchrun.simulator.tasks import SimTask
 from batchrun.simulator.world import World
 
 #: Slack after an instant, so that a wake-up is never a hair too early.
@@ -43,7 +45,7 @@ class Sockets:
         socket = web.WebSocketResponse()
         await socket.prepare(request)
         subscriber = _Subscriber(world, socket, kind)
-        world.ledger.listeners.add(subscriber.wake)
+        world.ledger.listeners.add(subscriber.look_again)
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(subscriber.send_events, group.cancel_scope)
@@ -51,7 +53,7 @@ class Sockets:
                 await subscriber.read_orders()
                 group.cancel_scope.cancel()
         finally:
-            world.ledger.listeners.discard(subscriber.wake)
+            world.ledger.listeners.discard(subscriber.look_again)
         await socket.close()
         return socket
 
@@ -66,13 +68,18 @@ class _Subscriber:
         self._world = world
         self._socket = socket
         self._kind = kind
-        #: Followed tasks by token, each with the instant up to which its events were sent.
-        self._followed: dict[str, tuple[SimTask, float]] = {}
+        #: Followed tasks by token, each with the number of stages told; a schedule only grows beyond those.
+        self._told: dict[str, int] = {}
+        #: When to look at which task again: (instant, tie-breaker, task), the next one first.
+        self._agenda: list[tuple[float, int, SimTask]] = []
+        self._numbers = itertools.count()
         self._woken = anyio.Event()
 
-    def wake(self) -> None:
-        """A schedule has changed: look again."""
-        self._woken.set()
+    def look_again(self, task: SimTask) -> None:
+        """The schedule of a task has changed, or it has just come to be followed."""
+        if task.token in self._told:
+            self._plan(self._world.ledger.now, task)
+            self._woken.set()
 
     async def read_orders(self) -> None:
         """Take subscriptions until the client closes the socket."""
@@ -81,30 +88,51 @@ class _Subscriber:
                 continue
             with contextlib.suppress(ValueError, Refusal, AttributeError):
                 order = json.loads(message.data)
-                token = str(order.get("tasktoken", ""))
                 if order.get("type") == "task_info":
-                    self._followed[token] = (self._world.ledger.find(token=token), -math.inf)
-                    self.wake()
+                    task = self._world.ledger.find(token=str(order.get("tasktoken", "")))
+                    now = self._world.ledger.now
+                    # A new subscriber is told the present status, not those before it.
+                    self._told[task.token] = sum(at <= now for at, _ in task.stages()) - 1
+                    self.look_again(task)
 
     async def send_events(self, scope: anyio.CancelScope) -> None:
-        """Send what has happened, sleep until something more does."""
+        """Send what has happened, sleep until something more does; end with the client's connection."""
         ledger = self._world.ledger
-        while True:
-            self._woken = anyio.Event()
-            ledger.advance()
-            now = ledger.now
-            for token, (task, sent) in list(self._followed.items()):
-                for status in _due(task, sent, now):
-                    await self._send(task, status)
-                    if self._kind == "drop":
+        with contextlib.suppress(ConnectionError):
+            while True:
+                self._woken = anyio.Event()
+                ledger.advance()
+                while self._agenda and self._agenda[0][0] <= ledger.now:
+                    _, _, task = heapq.heappop(self._agenda)
+                    if await self._tell(task, ledger.now) and self._kind == "drop":
                         scope.cancel()
                         return
-                if task.ended_at is not None and task.ended_at <= now:
-                    del self._followed[token]
-                else:
-                    self._followed[token] = (task, now)
-            with anyio.move_on_after(max(0.0, self._next_at(now) - now) + _SLACK_S):
-                await self._woken.wait()
+                with anyio.move_on_after(self._pause_s()):
+                    await self._woken.wait()
+        scope.cancel()
+
+    async def _tell(self, task: SimTask, now: float) -> bool:
+        """Send the statuses that are due, plan the next look; whether any was."""
+        stages = task.stages()
+        told = self._told[task.token]
+        due = [status for at, status in stages[told:] if at <= now]
+        self._told[task.token] = told + len(due)
+        if self._told[task.token] < len(stages):
+            self._plan(stages[self._told[task.token]][0], task)
+        for status in due:
+            await self._send(task, status)
+        return bool(due)
+
+    def _plan(self, at: float, task: SimTask) -> None:
+        heapq.heappush(self._agenda, (at, next(self._numbers), task))
+
+    def _pause_s(self) -> float:
+        """Seconds until there may be something to tell; infinity when only a wake-up can say."""
+        instants = [self._agenda[0][0]] if self._agenda else []
+        # The end of a task may start one that waits, which then wakes us.
+        if (end := self._world.ledger.next_end()) is not None and self._world.ledger.has_waiting:
+            instants.append(end)
+        return max(0.0, min(instants, default=math.inf) - self._world.ledger.now) + _SLACK_S
 
     async def _send(self, task: SimTask, status: str) -> None:
         if self._kind == "silent":
@@ -119,19 +147,3 @@ class _Subscriber:
             message = "warning: retrying on another device"
         event = {"type": status, "id": str(task.id), "tasktoken": task.token, "message": message}
         await self._socket.send_json({**event, "result": True})
-
-    def _next_at(self, now: float) -> float:
-        """The next instant at which something may have to be sent; infinity when only a wake-up can tell."""
-        instants = [at for task, _ in self._followed.values() for at, _ in task.stages() if at > now]
-        if any(task.started_at is None for task, _ in self._followed.values()):
-            instants.append(self._world.ledger.next_end() or math.inf)
-        return min(instants, default=math.inf)
-
-
-def _due(task: SimTask, sent: float, now: float) -> list[str]:
-    """Statuses to tell of: those since `sent`; to a new subscriber the present one only."""
-    due = [status for at, status in task.stages() if sent < at <= now]
-    if sent == -math.inf:
-        return due[-1:]
-    terminal = [status for status in due if status in TERMINAL]
-    return [*(status for status in due if status not in TERMINAL), *terminal]

@@ -37,7 +37,6 @@ STAGES = (
     (0.94, "task_postprocess_start"),
     (1.00, "task_postprocess_end"),
 )
-TERMINAL = ("task_postprocess_end", "task_cancel")
 #: A task is Cancel's until it is assigned, then Kill's.
 ASSIGNED_AT = 0.08
 #: Faults after which a task is not charged and has no outputs.
@@ -180,8 +179,8 @@ class Ledger:
         self.tasks: list[SimTask] = []
         #: Most tasks ever active at once.
         self.max_active = 0
-        #: Told after every change of a task's schedule: a start, a cancel, a kill.
-        self.listeners: set[Callable[[], None]] = set()
+        #: Told of every task whose schedule changes: by a start, a cancel, a kill.
+        self.listeners: set[Callable[[SimTask], None]] = set()
         #: The instant up to which all is accounted for.
         self.now = clock()
         self._clock = clock
@@ -304,8 +303,8 @@ class Ledger:
             self._waiting.remove(task)
         else:
             self._running -= 1
+        self._tell(task)
         self._start_waiting(now)
-        self._tell()
 
     def advance(self) -> None:
         """Catch up with the clock: end what has ended, bill it, start what waited."""
@@ -317,6 +316,11 @@ class Ledger:
                 self._end(task, at)
                 self._start_waiting(at)
         self._start_waiting(now)  # the limit may have been raised
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether a task waits for a slot."""
+        return bool(self._waiting)
 
     def next_end(self) -> float | None:
         """When the next task ends that holds a slot; None if none will."""
@@ -338,21 +342,18 @@ class Ledger:
         self.billed_usd += task.cost_usd
 
     def _start_waiting(self, at: float) -> None:
-        started = False
         while self._waiting and ((limit := self.limit) is None or self._running < limit):
             task = self._waiting.popleft()
             task.started_at = at
             self._running += 1
             if task.fault != "task-stuck":
                 heapq.heappush(self._ends, (at + task.duration_s, task.id))
-            started = True
-        self.max_active = max(self.max_active, self._running)
-        if started:
-            self._tell()
+            self.max_active = max(self.max_active, self._running)
+            self._tell(task)
 
-    def _tell(self) -> None:
+    def _tell(self, task: SimTask) -> None:
         for listener in tuple(self.listeners):
-            listener()
+            listener(task)
 
 
 def fingerprint(tool: Tool, parameters: Mapping[str, Any]) -> str:

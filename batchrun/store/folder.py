@@ -20,8 +20,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from batchrun.errors import DiskError, FolderBusy, UsageError
-from batchrun.store.store import STATE_FILE, connect
+from batchrun.errors import DiskError, FolderBusy, StoreError, UsageError
+from batchrun.store.connection import STATE_FILE, connect
 
 
 class Folder:
@@ -81,8 +81,8 @@ class Folder:
                 ).fetchone()
             finally:
                 connection.close()
-        except (sqlite3.Error, Exception):  # noqa: BLE001  the message is better than none
-            record = None
+        except (sqlite3.Error, StoreError, DiskError):
+            record = None  # the message without it is better than none
         if record is None:
             return ""
         since = datetime.fromtimestamp(record[2], tz=UTC).astimezone().strftime("%H:%M on %d %b")

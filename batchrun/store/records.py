@@ -16,7 +16,9 @@ ROW_COLUMNS = (
 ATTEMPT_COLUMNS = (
     "number, task_id, token, intent_at, intent_server_at, after_task, status, pexit, cost_usd, error, seconds"
 )
-OUTPUT_COLUMNS = "number, url, name, content_type, declared_bytes, path, sha256, size_bytes, media_type, width_px, height_px"
+OUTPUT_COLUMNS = (
+    "number, url, name, content_type, declared_bytes, path, sha256, size_bytes, media_type, width_px, height_px"
+)
 
 
 def dumps(value: Any) -> str:
@@ -98,7 +100,8 @@ def load_row(connection: sqlite3.Connection, seq: int) -> Row:
         raise KeyError(seq)
     generation = record[11]
     attempt = connection.execute(
-        f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE row = ? AND generation = ? ORDER BY number DESC LIMIT 1",
+        f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE row = ? AND generation = ? "
+        "ORDER BY number DESC LIMIT 1",
         (seq, generation),
     ).fetchone()
     outputs = connection.execute(

@@ -203,7 +203,8 @@ class Wiro:
             media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
             form.add_field("file", file, filename=wire.snippet(name), content_type=media_type)
             total_s = self._deadlines.call_s + size_bytes / SLOWEST_UPLOAD_BYTES_PER_S
-            answer = await self._post(self._calls, "/File/Upload", form, total_s=total_s)
+            read_s = self._deadlines.call_s  # counts from the last byte sent
+            answer = await self._post(self._calls, "/File/Upload", form, total_s=total_s, read_s=read_s)
         with _telling(answer):
             return wire.read_upload(_yes(answer))
 
@@ -249,6 +250,7 @@ class Wiro:
         body: Mapping[str, Value] | aiohttp.FormData,
         *,
         total_s: float,
+        read_s: float | None = None,
     ) -> _Answer:
         headers = signing.headers(self._credentials.key, self._credentials.secret, self._fresh_nonce())
         data: bytes | aiohttp.FormData
@@ -257,7 +259,7 @@ class Wiro:
         else:
             headers["Content-Type"] = "application/json"
             data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-        timeout = aiohttp.ClientTimeout(total=total_s, connect=self._deadlines.connect_s)
+        timeout = aiohttp.ClientTimeout(total=total_s, connect=self._deadlines.connect_s, sock_read=read_s)
         url = f"{self._credentials.base_url}/{path.lstrip('/')}"
         with translated(self._host):
             # Redirects are not followed: one that repeats a POST would repeat a purchase.
@@ -516,6 +518,7 @@ FOREIGN: tuple[tuple[type[Exception], type[ServiceError], str], ...] = (
     (TimeoutError, ReplyLost, "no answer in time"),  # aiohttp's own time-outs are of this class too
     (aiohttp.ClientError, ReplyLost, "the connection broke"),
     (OSError, ReplyLost, "the connection broke"),
+    (UnicodeDecodeError, ReplyLost, "the answer cannot be read"),
     (UnicodeError, NotSent, "the name cannot be resolved"),  # a label that IDNA does not take, met at look-up
     (RuntimeError, ReplyLost, "the connection broke"),  # uvloop reports some dead sockets with this class
 )

@@ -33,7 +33,7 @@ FOREIGN_CLASSES = sorted(
         for kind in descendants(root)
         if kind.__module__.partition(".")[0] in ("aiohttp", "ssl", "builtins")
     }
-    | {OSError, UnicodeError},
+    | {OSError, UnicodeError, UnicodeEncodeError, UnicodeDecodeError},
     key=lambda kind: kind.__name__,
 )
 #: Classes that aiohttp raises before the first byte of a request can go out.
@@ -79,8 +79,9 @@ def test_the_headers_that_aiohttp_keeps_in_an_error_are_forgotten() -> None:
 
 @pytest.mark.parametrize("kind", FOREIGN_CLASSES)
 def test_not_sent_is_said_only_of_what_comes_before_sending(kind: type[Exception]) -> None:
-    """RedirectClientError comes after an answer, whatever else it is a kind of."""
-    early = issubclass(kind, BEFORE_SENDING) and not issubclass(kind, aiohttp.RedirectClientError)
+    """Redirects and decoding come after an answer, whatever else their errors are a kind of."""
+    late = issubclass(kind, aiohttp.RedirectClientError | UnicodeDecodeError)
+    early = issubclass(kind, BEFORE_SENDING) and not late
     ours = next(ours for foreign, ours, _ in FOREIGN if issubclass(kind, foreign))
     assert (ours is NotSent) == early
     assert ours in (NotSent, ReplyLost, ProtocolError)

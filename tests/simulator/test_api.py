@@ -11,6 +11,23 @@ import pytest
 from batchrun.simulator.server import Simulator
 from tests.simulator.wire import CARTOON, FOREVER_S, LORA, OUTPAINT, PORTRAIT, STORY, Caller, simulated
 
+# Fields of a task and of an output in the seeds (Kill Task - Response).
+# fmt: off
+TASK_FIELDS = {
+    "id", "uuid", "name", "socketaccesstoken", "parameters", "debugoutput", "debugerror", "starttime",
+    "endtime", "elapsedseconds", "status", "cps", "totalcost", "guestid", "projectid", "modelid",
+    "description", "basemodelid", "runtype", "modelfolderid", "modelfileid", "callbackurl", "marketplaceid",
+    "createtime", "canceltime", "assigntime", "accepttime", "preprocessstarttime", "preprocessendtime",
+    "postprocessstarttime", "postprocessendtime", "pexit", "categories", "outputs", "size",
+}
+# fmt: on
+# fmt: off
+OUTPUT_FIELDS = {
+    "id", "name", "contenttype", "parentid", "uuid", "size", "addedtime", "modifiedtime", "accesskey",
+    "foldercount", "filecount", "ispublic", "expiretime", "url",
+}
+# fmt: on
+
 # --- keys ----------------------------------------------------------------------------------------
 
 
@@ -230,12 +247,7 @@ async def test_detail_shows_a_task_by_id_and_by_token_with_all_fields_of_the_see
         assert envelope["total"] == "1"
         (shown,) = envelope["tasklist"]
         assert {**shown, "outputs": None} == {**await wire.detail(run["taskid"]), "outputs": None}
-        assert set(shown) >= set(
-            "id uuid name socketaccesstoken parameters debugoutput debugerror starttime endtime elapsedseconds "
-            "status cps totalcost guestid projectid modelid description basemodelid runtype modelfolderid "
-            "modelfileid callbackurl marketplaceid createtime canceltime assigntime accepttime preprocessstarttime "
-            "preprocessendtime postprocessstarttime postprocessendtime pexit categories outputs size".split()
-        )
+        assert set(shown) >= TASK_FIELDS
         assert shown["status"] == "task_postprocess_end"
         assert shown["pexit"] == "0"
         assert shown["parameters"] == {
@@ -245,10 +257,7 @@ async def test_detail_shows_a_task_by_id_and_by_token_with_all_fields_of_the_see
             "selectedLoraModel": ["62"],
         }
         assert [output["name"] for output in shown["outputs"]] == ["0.png", "1.png"]
-        assert set(shown["outputs"][0]) == set(
-            "id name contenttype parentid uuid size addedtime modifiedtime accesskey foldercount filecount ispublic "
-            "expiretime url".split()
-        )
+        assert set(shown["outputs"][0]) == OUTPUT_FIELDS
 
 
 async def test_a_running_task_shows_no_outputs_no_cost_and_unset_times_as_0() -> None:

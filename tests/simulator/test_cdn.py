@@ -141,13 +141,13 @@ async def test_files_may_be_gone_for_good_and_their_task_then_has_no_outputs() -
     async with simulated("cdn-gone@1") as wire:
         task = await wire.run(samples=1)
         (output,) = (await wire.detail(task))["outputs"]
-        assert [(await wire.get(output["url"]))[0] for _ in range(2)] == [410, 404]
+        assert [(await wire.get(output["url"]))[0] for _ in range(2)] == [410, 410]
         shown = await wire.detail(task)
         assert (shown["pexit"], shown["outputs"]) == ("0", [])
 
 
 async def test_a_redirect_leads_to_the_file_and_a_loop_nowhere() -> None:
-    async with simulated("cdn-redirect@1", "cdn-redirect-loop@2", "cdn-redirect-scheme@3") as wire:
+    async with simulated("cdn-redirect@1", "cdn-redirect-loop@3", "cdn-redirect-scheme@4") as wire:
         url = (await an_output(wire))["url"]
         async with wire.session.get(url) as response:
             assert response.status == 200

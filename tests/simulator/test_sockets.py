@@ -26,7 +26,7 @@ async def events(
 
 
 async def test_every_status_is_told_and_the_last_carries_the_outputs() -> None:
-    async with simulated(seconds=0.3) as wire, wire.session.ws_connect(wire.sim.socket_url) as socket:
+    async with simulated(seconds=1) as wire, wire.session.ws_connect(wire.sim.socket_url) as socket:
         token = await a_token(wire, samples=2)
         await socket.send_json({"type": "task_info", "tasktoken": token})
         got = await events(socket, until="task_postprocess_end")

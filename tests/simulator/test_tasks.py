@@ -1,4 +1,4 @@
-"""A task's life is a pure function of the clock and its schedule; the ledger counts slots and money exactly."""
+"""A task's life is a pure function of clock and schedule; the ledger counts slots and money exactly."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ async def test_a_submit_answered_oddly_made_a_task_or_not_as_the_fault_says(name
 
 async def test_half_a_json_is_no_json() -> None:
     async with simulated("run-broken-json") as wire, wire.post(LORA.run_path, prompt="a cat") as response:
-        with pytest.raises(ValueError, match="Unterminated|Expecting"):
+        with pytest.raises(ValueError, match=r"Unterminated|Expecting"):
             json.loads(await response.read())
 
 
@@ -72,7 +72,7 @@ async def test_a_stalled_submit_made_its_task_and_ends_when_the_client_leaves() 
 async def test_a_simulator_ends_though_answers_stall() -> None:
     async with simulated("run-stall", "detail-stall") as wire:
         stalled = asyncio.create_task(wire.call(LORA.run_path, prompt="a cat"))
-        while not wire.sim.tasks:
+        while not wire.sim.tasks:  # noqa: ASYNC110 - the simulator tells of no task
             await asyncio.sleep(0)
     with pytest.raises((aiohttp.ClientError, asyncio.CancelledError)):
         await stalled

@@ -1,4 +1,4 @@
-"""Reading manifests: what real files hold, where their rows begin, and what is answered when they are wrong."""
+"""Reading manifests: what real files hold, where rows begin, and what is answered when they are wrong."""
 
 from __future__ import annotations
 
@@ -78,6 +78,10 @@ def test_only_a_line_feed_ends_a_line(mark: str, form: str) -> None:
         assert [line for line, _ in rows(text, form)] == [1, 2]
     else:
         assert rows(f"a\nx{mark}y\n2\n", form) == [(2, {"a": f"x{mark}y"}), (3, {"a": "2"})]
+
+
+def test_a_file_marked_twice_as_utf_8_is_read() -> None:
+    assert rows('\ufeff\ufeff"a"\n1\n') == [(2, {"a": "1"})]
 
 
 def test_a_lone_carriage_return_is_kept_in_quotes_and_refused_outside() -> None:
@@ -238,8 +242,8 @@ def test_a_row_beyond_the_limit_is_told_and_not_held(form: str) -> None:
 
 
 def test_the_limit_is_exact() -> None:
-    assert told("a\n12345\n123456\n1\n", max_row_bytes=6)[0] == "2"
-    assert "m:3: the row is longer than 6 bytes" in told("a\n12345\n123456\n1\n", max_row_bytes=6)[1]
+    assert told("a\n123456\n1234567\n1\n", max_row_bytes=6)[0] == "2"
+    assert "m:3: the row is longer than 6 bytes" in told("a\n123456\n1234567\n1\n", max_row_bytes=6)[1]
     assert "m:2: the row is longer" in fatal('a,b\n"1234\n1234\n1234",1\n', max_row_bytes=10)
     assert [line for line, _ in rows('[{"a":1},{"a":"\u00fc"}]', "json", max_row_bytes=10)] == [1, 1]
     assert "longer than 9" in fatal('[{"a":1},{"a":"\u00fc"}]', "json", max_row_bytes=9)
@@ -515,12 +519,14 @@ def test_failed_rows_are_written_as_their_manifest_was(tmp_path: Path) -> None:
 
 def test_without_rows_or_on_an_error_there_is_no_new_file(tmp_path: Path) -> None:
     path = tmp_path / "failed.csv"
-    with (
-        pytest.raises(ValueError, match="no column is named 'b'"),
-        RowWriter(path, format="csv", columns=["a"]) as writer,
-    ):
-        writer.write({"a": "1"})
-        writer.write({"b": "1"})
+
+    def write_a_cell_without_column() -> None:
+        with RowWriter(path, format="csv", columns=["a"]) as writer:
+            writer.write({"a": "1"})
+            writer.write({"b": "1"})
+
+    with pytest.raises(ValueError, match="no column is named 'b'"):
+        write_a_cell_without_column()
     assert list(tmp_path.iterdir()) == []
     path.write_text("old")
     with RowWriter(path, format="csv", columns=["a"]):

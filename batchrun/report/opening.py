@@ -1,0 +1,137 @@
+"""What is said before anything is sent: what there is to do, what it may cost, what looks unmeant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from decimal import Decimal
+from typing import TYPE_CHECKING
+
+from batchrun.model import Problem, Severity, State
+from batchrun.report.words import Line, count, exact_usd, plain, rough_usd
+
+if TYPE_CHECKING:
+    from batchrun.model import Counts
+    from batchrun.plan.prices import Estimate
+    from batchrun.plan.reading import Findings
+    from batchrun.store.planning import Merged
+
+#: Warnings, and errors, said one by one.
+WARNINGS_SAID = 20
+ERRORS_SAID = 50
+
+
+def planned(
+    merged: Merged, estimates: Sequence[Estimate], counts: Counts, *, limit: int | None
+) -> Iterator[Line]:
+    """What reading the manifest came to."""
+    yield f"{count(merged.rows, 'row')}, {count(merged.images, 'image')} to expect", "bold"
+    yield from _before(counts)
+    yield from _changes(merged)
+    if limit is not None:
+        yield f"only the first {count(limit, 'row')} (--limit)", ""
+    yield from _prices(merged, estimates)
+
+
+def going_on(counts: Counts, *, limit: int | None) -> Iterator[Line]:
+    """The same, when the manifest and its settings are as they were and it was not read again."""
+    yield f"{count(counts.total, 'row')}; the manifest is unchanged", "bold"
+    yield from _before(counts)
+    if limit is not None:
+        yield f"only the first {count(limit, 'row')} (--limit)", ""
+
+
+def _before(counts: Counts) -> Iterator[Line]:
+    """How far earlier starts came; nothing for a new run."""
+    of = counts.by_state
+    words = (
+        ("done", (State.DONE,)),
+        ("in flight", (State.SUBMITTING, State.IN_FLIGHT, State.FINISHED)),
+        ("in doubt", (State.IN_DOUBT,)),
+        ("failed", (State.FAILED,)),
+        ("cancelled", (State.CANCELLED,)),
+        ("invalid", (State.INVALID,)),
+    )
+    parts = [
+        f"{rows:,} {word}" for word, states in words if (rows := sum(of.get(state, 0) for state in states))
+    ]
+    if not parts:
+        return
+    if to_do := of.get(State.PLANNED, 0):
+        parts.append(f"{to_do:,} to do")
+    yield f"so far: {', '.join(parts)}", ""
+
+
+def _changes(merged: Merged) -> Iterator[Line]:
+    parts = []
+    if merged.new and merged.new != merged.rows:
+        parts.append(f"{merged.new:,} new")
+    parts += [f"{merged.replaced:,} corrected or changed"] if merged.replaced else []
+    parts += [f"{merged.rerun:,} finished ones bought again (--rerun-changed)"] if merged.rerun else []
+    parts += [f"{merged.gone:,} no longer in it and left alone"] if merged.gone else []
+    if parts:
+        yield f"in the manifest: {', '.join(parts)}", ""
+    if merged.changed:
+        yield (
+            f"{count(merged.changed, 'row')} bought already ask for something else now and are left as they "
+            "are; to buy them again add --rerun-changed",
+            "yellow",
+        )
+
+
+def _prices(merged: Merged, estimates: Sequence[Estimate]) -> Iterator[Line]:
+    known = {_slug(each.tool): each for each in estimates}
+    for run_path, (rows, images) in merged.by_tool.items():
+        slug = _slug(run_path)
+        asked = f"{count(rows, 'row')}, {count(images, 'image')}"
+        yield f"  {plain(slug)}: {asked}, {_price(known.get(slug))}", ""
+    costs = [each.cost_usd for each in estimates]
+    if len(merged.by_tool) > 1 and len(costs) == len(merged.by_tool) and None not in costs:
+        total = sum((cost for cost in costs if cost is not None), Decimal(0))
+        yield f"  together up to about {rough_usd(total)}", ""
+
+
+def _slug(run_path: str) -> str:
+    return run_path.rpartition("/")[2]
+
+
+def _price(estimate: Estimate | None) -> str:
+    """In words; a price that is not published is said to be unknown, never to be nothing."""
+    if estimate is None or estimate.cost_usd is None:
+        return "price unknown"
+    if estimate.range_usd is not None:
+        low, high = estimate.range_usd
+        return f"{exact_usd(low).removesuffix(' USD')} to {exact_usd(high)} by the price list"
+    if estimate.is_price:
+        return f"{exact_usd(estimate.cost_usd)} by the price list"
+    return f"about {rough_usd(estimate.cost_usd)} (the average of past runs; no price is published)"
+
+
+# --- problems ------------------------------------------------------------------------------------------
+
+
+def remarks(findings: Findings) -> Iterator[Line]:
+    """Warnings and hints, the first of them one by one."""
+    for warning in findings.warnings[:WARNINGS_SAID]:
+        yield f"warning: {plain(str(warning))}", "yellow"
+    if findings.warning_count > WARNINGS_SAID:
+        yield f"and {count(findings.warning_count - WARNINGS_SAID, 'more warning')}", "yellow"
+    for hint in findings.hints[:WARNINGS_SAID]:
+        yield f"hint: {plain(str(hint))}", "cyan"
+
+
+def errors(problems: Sequence[Problem], *, total: int | None = None) -> Iterator[Line]:
+    """Errors as `file:line: column: what is wrong, what to write`; `total` is how many there are in all."""
+    for problem in problems[:ERRORS_SAID]:
+        yield plain(str(problem)), "red"
+    more = max(total or 0, len(problems)) - ERRORS_SAID
+    if more > 0:
+        yield f"and {more:,} more", "red"
+
+
+def to_json(problems: Iterable[Problem]) -> list[dict[str, object]]:
+    """Errors as JSON objects."""
+    return [
+        {"file": each.file, "line": each.line, "column": each.column, "message": each.message}
+        for each in problems
+        if each.severity is Severity.ERROR
+    ]

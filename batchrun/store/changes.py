@@ -1,0 +1,150 @@
+"""The parts that verbs are made of: changes within a transaction, each keeping the running sums true."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from decimal import Context, Decimal
+
+from batchrun.errors import LeaseLost
+from batchrun.model import TERMINAL, Failure, Row, State, Task
+from batchrun.rules.policy import charged
+from batchrun.rules.states import Event, advance
+from batchrun.store.records import load_row
+
+#: Sums of money are exact; the usual 28 digits would round what a service may write.
+_EXACT = Context(prec=120)
+
+
+def check_alive(connection: sqlite3.Connection, lease: int) -> None:
+    """Raises LeaseLost when the lease has ended: another process has taken the run."""
+    record = connection.execute("SELECT 1 FROM leases WHERE id = ? AND ended_at IS NULL", (lease,)).fetchone()
+    if record is None:
+        raise LeaseLost("another process has taken this run")
+
+
+def check_lease(connection: sqlite3.Connection, seq: int, lease: int) -> None:
+    """Raises LeaseLost unless the row is claimed by that lease."""
+    record = connection.execute("SELECT lease FROM rows WHERE seq = ?", (seq,)).fetchone()
+    if record is None or record[0] != lease:
+        raise LeaseLost(f"row {seq} is not claimed by this process any more")
+
+
+def move(
+    connection: sqlite3.Connection, seq: int, event: Event, *, lease: int, failure: Failure | None = None
+) -> State:
+    """Bring a row to its next state; raises LeaseLost, or ImpossibleMove where the table has no such move.
+
+    A row that comes to rest is given back and takes the next number in the order of settling.
+    """
+    check_lease(connection, seq, lease)
+    before, present = connection.execute("SELECT state, present FROM rows WHERE seq = ?", (seq,)).fetchone()
+    after = advance(State(before), event)
+    rests = after in TERMINAL
+    connection.execute(
+        "UPDATE rows SET state = ?, cause = ?, message = ?, settled = ?, lease = ? WHERE seq = ?",
+        (
+            after,
+            failure.cause if failure else None,
+            failure.message if failure else None,
+            next_settled(connection) if rests else None,
+            None if rests else lease,
+            seq,
+        ),
+    )
+    if present:
+        _count_move(connection, State(before), after)
+    return after
+
+
+def next_settled(connection: sqlite3.Connection) -> int:
+    """A number above all given before, for a row that has come to rest."""
+    query = "UPDATE run SET settled = settled + 1 RETURNING settled"
+    return int(connection.execute(query).fetchone()[0])
+
+
+def unsettle(connection: sqlite3.Connection, seqs: Iterable[int]) -> None:
+    """Take rows out of the sidecar files: what was written of them is not true any more."""
+    changed = 0
+    for seq in seqs:
+        changed += connection.execute(
+            "UPDATE rows SET settled = NULL WHERE seq = ? AND settled IS NOT NULL", (seq,)
+        ).rowcount
+    if changed:
+        connection.execute("UPDATE run SET listed = '{}'")
+
+
+def _count_move(connection: sqlite3.Connection, before: State, after: State) -> None:
+    for state, change in ((before, -1), (after, 1)):
+        connection.execute(
+            "INSERT INTO counts (state, rows) VALUES (?, ?) "
+            "ON CONFLICT (state) DO UPDATE SET rows = rows + excluded.rows",
+            (state, change),
+        )
+
+
+# --- attempts ---------------------------------------------------------------------------------------
+
+
+def drop_attempt(
+    connection: sqlite3.Connection, seq: int, event: Event, *, lease: int, failure: Failure | None = None
+) -> Row:
+    """Move a row whose open attempt, if any, certainly made no task: nothing is left of it."""
+    move(connection, seq, event, lease=lease, failure=failure)
+    free_reservation(connection, seq)
+    connection.execute("DELETE FROM attempts WHERE row = ? AND open = 1", (seq,))
+    return load_row(connection, seq)
+
+
+def close_attempt(
+    connection: sqlite3.Connection, seq: int, task: Task, *, at: float, error: str = ""
+) -> None:
+    """End the row's open attempt as its task has ended; what that cost is spent."""
+    free_reservation(connection, seq)
+    cost = charged(task)
+    connection.execute(
+        "UPDATE attempts SET open = 0, ended_at = ?, status = ?, pexit = ?, cost_usd = ?, seconds = ?, "
+        "error = ? WHERE row = ? AND open = 1",
+        (at, task.status, task.pexit, _decimal_text(cost), _decimal_text(task.elapsed_s), error, seq),
+    )
+    connection.execute("UPDATE rows SET attempts = attempts + 1 WHERE seq = ?", (seq,))
+    if cost:
+        _add(connection, "spent_usd", cost)
+
+
+def begin_anew(connection: sqlite3.Connection, seq: int) -> None:
+    """A row asked for anew starts with fresh attempts; its history stays under the old generation."""
+    connection.execute("UPDATE rows SET attempts = 0, generation = generation + 1 WHERE seq = ?", (seq,))
+
+
+# --- sums -------------------------------------------------------------------------------------------
+
+
+def reserve(connection: sqlite3.Connection, amount: Decimal) -> None:
+    """Set money aside for a task that may be made."""
+    if amount:
+        _add(connection, "reserved_usd", amount)
+
+
+def free_reservation(connection: sqlite3.Connection, seq: int) -> None:
+    """Give back what the row's open attempt, if any, had set aside."""
+    reserved = connection.execute(
+        "SELECT reserved_usd FROM attempts WHERE row = ? AND open = 1", (seq,)
+    ).fetchone()
+    if reserved is not None:
+        reserve(connection, -Decimal(reserved[0]))
+
+
+def count_images(connection: sqlite3.Connection, images: int, size_bytes: int) -> None:
+    """Images came to rest under their final names."""
+    connection.execute("UPDATE totals SET images = images + ?, bytes = bytes + ?", (images, size_bytes))
+
+
+def _add(connection: sqlite3.Connection, column: str, amount: Decimal) -> None:
+    """Add exactly: SQLite's own sums are floating point."""
+    before = Decimal(connection.execute(f"SELECT {column} FROM run").fetchone()[0])
+    connection.execute(f"UPDATE run SET {column} = ?", (_decimal_text(_EXACT.add(before, amount)),))
+
+
+def _decimal_text(value: Decimal | None) -> str | None:
+    return None if value is None else f"{value:f}"

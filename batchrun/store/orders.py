@@ -1,0 +1,68 @@
+"""Orders to a live runner from another process, and what may be asked of a run without its lock."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchrun.errors import StoreError
+from batchrun.model import Counts, Failure, State
+from batchrun.store.store import connect, read_counts, read_failures
+
+
+def order_cancel(state: Path) -> None:
+    """Ask the runner that holds the run to stop and to cancel what runs at the service."""
+    connection = connect(state)
+    try:
+        connection.execute("UPDATE run SET stop_order = 'cancel'")
+    except sqlite3.Error as error:
+        raise StoreError(f"the order cannot be left in {state}: {error}") from error
+    finally:
+        connection.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a run stands, read at one moment."""
+
+    #: The manifest's path, or "-"; None while the first start is still reading it.
+    manifest: str | None
+    #: The settings as last told, as JSON.
+    job: str | None
+    counts: Counts
+    failures: tuple[tuple[State, Failure, int, int], ...]
+    #: A process began to work on the run and has not said that it ended: it lives or was killed.
+    is_open: bool
+    #: The length that each sidecar file ought to have, in bytes; None: they are to be written anew.
+    listed_bytes: tuple[int, int] | None
+    #: Whether rows have settled that the sidecar files do not tell yet.
+    is_behind: bool
+
+
+def read_standing(state: Path) -> Standing:
+    """Where a run stands, without its lock. Raises StoreError when the state cannot be read."""
+    connection = connect(state, read_only=True)
+    try:
+        connection.execute("BEGIN")  # all of it at one moment
+        run = connection.execute("SELECT manifest, job, listed FROM run").fetchone()
+        mark: dict[str, Any] = json.loads(run[2]) if run else {}
+        behind = connection.execute(
+            "SELECT EXISTS (SELECT 1 FROM rows WHERE settled > ? AND present = 1)", (mark.get("settled", 0),)
+        ).fetchone()[0]
+        is_open = connection.execute("SELECT EXISTS (SELECT 1 FROM leases WHERE ended_at IS NULL)").fetchone()
+        return Standing(
+            manifest=run[0] if run else None,
+            job=run[1] if run else None,
+            counts=read_counts(connection),
+            failures=tuple(read_failures(connection, 20)),
+            is_open=bool(is_open[0]),
+            listed_bytes=(int(mark["metadata"]), int(mark["results"])) if mark else None,
+            is_behind=bool(behind),
+        )
+    except sqlite3.Error as error:
+        raise StoreError(f"the state cannot be read: {state}: {error}") from error
+    finally:
+        connection.close()

@@ -1,0 +1,156 @@
+"""Questions to the state: queries on a connection, for the run and for those who only look (`status`)."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from batchrun.model import Attempt, Counts, Failure, Output, Row, State
+from batchrun.store.records import ATTEMPT_COLUMNS, OUTPUT_COLUMNS, load_row, read_attempt, read_output
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A settled row with what its record in the sidecar files needs."""
+
+    #: Its place in the order of settling.
+    number: int
+    row: Row
+    #: All its attempts that made a task, oldest first.
+    attempts: tuple[Attempt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that did not make it, as the manifest had it (with the values of its expansion)."""
+
+    seq: int
+    cells: Mapping[str, Any]
+
+
+def read_value(connection: sqlite3.Connection, query: str, values: tuple[Any, ...] = ()) -> Any:
+    """The first column of the first record; None when there is none."""
+    record = connection.execute(query, values).fetchone()
+    return record[0] if record else None
+
+
+def read_json(connection: sqlite3.Connection, column: str) -> dict[str, Any]:
+    """A JSON column of the run's record; {} while there is no record."""
+    return dict(json.loads(read_value(connection, f"SELECT {column} FROM run") or "{}"))
+
+
+# --- what is told of the run ------------------------------------------------------------------------
+
+
+def read_counts(connection: sqlite3.Connection) -> Counts:
+    """The running counts of a run."""
+    by_state = {
+        State(state): rows for state, rows in connection.execute("SELECT state, rows FROM counts") if rows
+    }
+    images, size_bytes = connection.execute("SELECT images, bytes FROM totals").fetchone()
+    spent = read_value(connection, "SELECT spent_usd FROM run")
+    return Counts(by_state, images, size_bytes, Decimal(spent or 0))
+
+
+def read_failures(connection: sqlite3.Connection, limit: int) -> list[tuple[State, Failure, int, int]]:
+    """Rows that did not make it, grouped by state and cause, largest group first.
+
+    Each group as state, a sample failure, how many rows, and the first line.
+    """
+    records: Iterable[tuple[Any, ...]] = connection.execute(
+        "SELECT state, cause, min(message), count(*), min(line) FROM rows "
+        "WHERE state IN ('failed', 'cancelled', 'invalid', 'in_doubt') AND present = 1 "
+        "AND cause IS NOT NULL GROUP BY state, cause ORDER BY count(*) DESC, cause LIMIT ?",
+        (limit,),
+    )
+    return [
+        (State(state), Failure(cause, message or ""), rows, line)
+        for state, cause, message, rows, line in records
+    ]
+
+
+def read_settled(connection: sqlite3.Connection, after: int, *, limit: int) -> list[Settled]:
+    """Rows of the present manifest settled after that number, in order of settling."""
+    records = connection.execute(
+        "SELECT seq, settled FROM rows WHERE settled > ? AND present = 1 ORDER BY settled LIMIT ?",
+        (after, limit),
+    ).fetchall()
+    return [Settled(number, load_row(connection, seq), _tasks_of(connection, seq)) for seq, number in records]
+
+
+def _tasks_of(connection: sqlite3.Connection, seq: int) -> tuple[Attempt, ...]:
+    records = connection.execute(
+        f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE row = ? AND task_id IS NOT NULL "
+        "ORDER BY generation, number",
+        (seq,),
+    )
+    return tuple(read_attempt(record) for record in records)
+
+
+def read_rejected(connection: sqlite3.Connection, *, after_seq: int, limit: int) -> list[Rejected]:
+    """Rows of the present manifest that did not make it, as it had them, by row number."""
+    records = connection.execute(
+        "SELECT rows.seq, sources.cells FROM rows JOIN sources ON sources.row = rows.seq "
+        "WHERE state IN ('failed', 'cancelled', 'invalid') AND present = 1 AND rows.seq > ? "
+        "ORDER BY rows.seq LIMIT ?",
+        (after_seq, limit),
+    ).fetchall()
+    return [Rejected(seq, json.loads(cells, parse_float=Decimal)) for seq, cells in records]
+
+
+# --- what the run's next step needs -----------------------------------------------------------------
+
+
+def has_work(connection: sqlite3.Connection) -> bool:
+    """Whether any row is on its way; planned rows count only while they are in the manifest."""
+    return bool(
+        read_value(
+            connection,
+            "SELECT EXISTS (SELECT 1 FROM rows WHERE state IN "
+            "('planned', 'submitting', 'in_flight', 'in_doubt', 'finished') "
+            "AND (present = 1 OR state <> 'planned'))",
+        )
+    )
+
+
+def known_tasks(connection: sqlite3.Connection, task_ids: Collection[str]) -> set[str]:
+    """Which of these task ids belong to rows of this run."""
+    marks = ", ".join("?" * len(task_ids))
+    found = connection.execute(f"SELECT task_id FROM attempts WHERE task_id IN ({marks})", tuple(task_ids))
+    return {record[0] for record in found}
+
+
+def older_outputs(connection: sqlite3.Connection, seq: int) -> list[tuple[int, Output]]:
+    """The saved images of the row's earlier generations, each with its generation."""
+    return [
+        (record[0], read_output(record[1:]))
+        for record in connection.execute(
+            f"SELECT generation, {OUTPUT_COLUMNS} FROM outputs WHERE row = ? AND state = 'saved' "
+            "AND generation < (SELECT generation FROM rows WHERE seq = ?) ORDER BY generation, number",
+            (seq, seq),
+        )
+    ]
+
+
+def requeue_candidates(
+    connection: sqlite3.Connection, states: Collection[State], ids: Collection[str]
+) -> list[tuple[int, State, Failure | None]]:
+    """Rows of the present manifest in those states, by row number; with `ids` only those named by one."""
+    wanted = ", ".join(f"'{state}'" for state in states)
+    records = connection.execute(
+        f"SELECT seq, state, cause, message FROM rows WHERE state IN ({wanted}) AND present = 1 ORDER BY seq"
+    ).fetchall()
+    named = {
+        record[0]
+        for id_ in ids
+        for record in connection.execute("SELECT seq FROM rows WHERE id = ? OR name = ?", (id_, id_))
+    }
+    return [
+        (seq, State(state), Failure(cause, message or "") if cause else None)
+        for seq, state, cause, message in records
+        if not ids or seq in named
+    ]
