@@ -61,9 +61,11 @@ class PageError(UsageError):
 class ManifestError(UsageError):
     """Rows cannot become requests; `problems` names each place, fault and cure."""
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    def __init__(self, problems: Sequence[Problem], *, total: int | None = None) -> None:
         super().__init__("\n".join(str(problem) for problem in problems[:50]))
         self.problems = tuple(problems)
+        #: How many there are in all; more than `problems` where those are too many to keep.
+        self.total = total or len(self.problems)
 
 
 class ServiceError(BatchrunError):

@@ -208,7 +208,7 @@ class Runner:
         )
         self.findings = reading.findings
         if merged is None:
-            raise errors.ManifestError(reading.findings.errors)
+            raise errors.ManifestError(reading.findings.errors, total=reading.findings.error_count)
         self.merged = merged
         self.progress.announce(Fact.PLANNED, rows=merged.rows, images=merged.images, new=merged.new)
 

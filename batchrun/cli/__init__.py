@@ -1,15 +1,16 @@
-"""The command line: arguments in, exit code out. Commands are imported when they are called, to start quickly."""
+"""The command line: arguments in, exit code out. Commands are imported when called, to start quickly."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 import click
 
 from batchrun import __version__
-from batchrun.errors import BatchrunError, CredentialsRefused, DiskError, FolderBusy, UsageError
+from batchrun.errors import BatchrunError, FolderTaken, StoreTooNew, UsageError
 
 #: Command → the module that holds it under its own name.
 COMMANDS = {
@@ -47,22 +48,44 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="batchrun")
 def cli() -> None:
-    """Turn a manifest of prompts into finished image files, unattended."""
+    """Turn a manifest of prompts into finished image files with Wiro's hosted tools, unattended.
+
+    A run can be stopped or killed at any moment: the same command goes on where it was.
+    """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its code."""
+    """Run the command line and exit with its code. What we raise on purpose is said without a traceback."""
     try:
         code = cli.main(args=arguments, prog_name="batchrun", standalone_mode=False)
+        sys.stdout.flush()
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         code = EXIT_STOPPED
-    except UsageError as error:
-        click.echo(f"Error: {error}", err=True)
-        code = EXIT_USAGE
-    except (FolderBusy, CredentialsRefused, DiskError, BatchrunError) as error:
-        click.echo(f"Error: {error}", err=True)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_STOPPED
+    except BatchrunError as error:
+        _say_error(str(error))
+        code = EXIT_USAGE if isinstance(error, (UsageError, FolderTaken, StoreTooNew)) else EXIT_STOPPED
+    except Exception:
+        import traceback
+
+        from batchrun.cli.options import redacted
+
+        sys.stderr.write(redacted(traceback.format_exc()))
         code = EXIT_STOPPED
     sys.exit(code or 0)
+
+
+def _say_error(text: str) -> None:
+    from batchrun.report.talk import Talk
+    from batchrun.report.words import plain
+
+    talk = Talk(sys.stderr)
+    first, *more = text.splitlines() or [""]
+    talk.say(f"Error: {plain(first)}", "red")
+    for line in more:
+        talk.say(plain(line), "red")

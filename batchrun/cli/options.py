@@ -1,4 +1,4 @@
-"""What several commands are told, and how it becomes a Job. Click is all that is imported here: help is quick."""
+"""What several commands are told, and how it becomes a Job. Only click is imported here, so help is quick."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _secrets: set[str] = set()
 
 
-class _Concurrency(click.ParamType):
+class _Concurrency(click.ParamType[int | str]):
     name = "N|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -39,35 +39,92 @@ def _flag(name: str, text: str) -> Callable[[Command], Command]:
     return click.option(name, is_flag=True, flag_value=True, default=None, type=bool, help=text)
 
 
+concurrency_option = click.option(
+    "--concurrency",
+    type=_Concurrency(),
+    metavar="N|auto",
+    help="Tasks active at the service at once. Default: auto, found by trying.",
+)
+lost_option = _flag("--regenerate-lost", "Buy rows again that were paid for and left no image.")
+
 _READING = (
     click.option("--tool", metavar="TOOL", help="The tool of every row that names none itself."),
-    click.option("--set", "set_", multiple=True, metavar="P=VALUE", help="A parameter's value for every row that does not give it. Repeatable."),
-    click.option("--map", "map_", multiple=True, metavar="P=COLUMN", help="The column that holds a parameter, where the names differ. Repeatable."),
-    click.option("--expand", multiple=True, metavar="P=VALUES", help='A row stands for all these values: seed=1..4, seed=random, scheduler=["A","B"], repeat=3. Repeatable.'),
-    click.option("--extra", type=click.Choice(["keep", "drop", "error"]), help="Columns that are no parameters: carried to the results, left out, or an error (the default)."),
-    click.option("--format", "format_", type=click.Choice(["csv", "tsv", "jsonl", "json"]), help="The manifest's form, where its name does not tell (standard input)."),
+    click.option(
+        "--set",
+        "set_",
+        multiple=True,
+        metavar="P=VALUE",
+        help="A parameter's value for every row that does not give it. Repeatable.",
+    ),
+    click.option(
+        "--map",
+        "map_",
+        multiple=True,
+        metavar="P=COLUMN",
+        help="The column that holds a parameter, where the names differ. Repeatable.",
+    ),
+    click.option(
+        "--expand",
+        multiple=True,
+        metavar="P=VALUES",
+        help="A row stands for all these values, as in seed=1..4, seed=random, repeat=3 or "
+        'scheduler=["A","B"]. Repeatable.',
+    ),
+    click.option(
+        "--extra",
+        type=click.Choice(["keep", "drop", "error"]),
+        help="Columns that are no parameters: carried to the results, left out, or an error (the default).",
+    ),
+    click.option(
+        "--format",
+        "format_",
+        type=click.Choice(["csv", "tsv", "jsonl", "json"]),
+        help="The manifest's form, where its name does not tell (standard input).",
+    ),
     click.option("--delimiter", metavar="CHAR", help='What separates cells, or "tab".'),
-    click.option("--lora-scale", type=click.Choice(["prompt", "parameter"]), help="How a LoRA's scale is sent: in the prompt (the default), or by its own name."),
+    click.option(
+        "--lora-scale",
+        type=click.Choice(["prompt", "parameter"]),
+        help="How a LoRA's scale is sent: in the prompt (the default), or by its own name.",
+    ),
     _flag("--skip-invalid", "Run the valid rows although others are invalid."),
     _flag("--allow-outside", "Let rows name local images outside the manifest's folder."),
-    click.option("--max-requests", type=_COUNT, metavar="N", help="What expansion may make of the manifest. Default: 100000."),
-)  # fmt: skip
+    click.option(
+        "--max-requests",
+        type=_COUNT,
+        metavar="N",
+        help="What expansion may make of the manifest. Default: 100000.",
+    ),
+)
 _WORKING = (
     click.option("--out", type=_PATH, metavar="DIR", help="The run's folder. Default: runs/<manifest name>."),
     click.option("--limit", type=_COUNT, metavar="N", help="Only the first N rows, for a try."),
-    click.option("--concurrency", type=_Concurrency(), help="Tasks active at the service at once. Default: auto, found by trying."),
+    concurrency_option,
     click.option("--max-concurrency", type=_COUNT, metavar="N", help="What auto may come to. Default: 64."),
     click.option("--downloads", type=_COUNT, metavar="N", help="Images fetched at once. Default: 16."),
-    click.option("--attempts", type=_COUNT, metavar="N", help="Submissions of a row while its tasks fail (unbilled). Default: 3."),
+    click.option(
+        "--attempts",
+        type=_COUNT,
+        metavar="N",
+        help="Submissions of a row while its tasks fail, which is not billed. Default: 3.",
+    ),
     _flag("--rerun-changed", "Buy finished rows again that ask for something else now."),
-    _flag("--regenerate-lost", "Buy rows again that were paid for and left no image."),
-)  # fmt: skip
+    lost_option,
+)
 _SERVICE = (
-    click.option("--env-file", type=_PATH, metavar="FILE", help="A file that sets WIRO_API_KEY and the like."),
-    click.option("--simulate", is_flag=True, help="Rehearse: ask a simulator started for the occasion; nothing is paid."),
-    click.option("--log", "log_file", type=_PATH, metavar="FILE", help="Write every event to FILE, a line of JSON each."),
+    click.option(
+        "--env-file", type=_PATH, metavar="FILE", help="A file that sets WIRO_API_KEY and the like."
+    ),
+    click.option(
+        "--simulate",
+        is_flag=True,
+        help="Rehearse: a simulator is started for the occasion and asked; nothing is paid.",
+    ),
+    click.option(
+        "--log", "log_file", type=_PATH, metavar="FILE", help="Add every event to FILE, a line of JSON each."
+    ),
     click.option("--no-display", is_flag=True, help="Say a line every half minute, as without a terminal."),
-)  # fmt: skip
+)
 
 
 def _all(options: tuple[Callable[[Any], Any], ...]) -> Callable[[Command], Command]:

@@ -1,4 +1,4 @@
-"""Errors told on the way out of a command that reads a manifest: in lines for people, or all of them as JSON."""
+"""Errors that end a command which reads a manifest: told in lines for people, or all of them as JSON."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from batchrun.errors import ManifestError, UsageError
+from batchrun.model import Problem
 from batchrun.report.opening import errors, to_json
 from batchrun.report.talk import Talk
 
@@ -20,15 +21,16 @@ def telling_errors(*, as_json: bool) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        problems = error.problems if isinstance(error, ManifestError) else ()
         if as_json:
-            told = to_json(problems) or [{"file": "", "line": 0, "column": "", "message": str(error)}]
-            print(json.dumps({"errors": told}))
-        elif not problems:
+            problems = error.problems if isinstance(error, ManifestError) else [Problem(str(error))]
+            print(json.dumps({"errors": to_json(problems)}))
+        elif not isinstance(error, ManifestError):
             raise
         else:
             talk = Talk(sys.stderr)
-            for text, style in errors(problems):
+            for text, style in errors(error.problems, total=error.total):
                 talk.say(text, style)
-            talk.say("nothing was sent: correct the manifest and run again (--skip-invalid runs the other rows)")
+            talk.say(
+                "nothing was sent: correct the manifest and run again (--skip-invalid runs the other rows)"
+            )
         sys.exit(EXIT_USAGE)

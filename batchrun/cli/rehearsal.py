@@ -1,14 +1,14 @@
 """Which service answers: Wiro, or a simulator started for the occasion (`--simulate`).
 
-A rehearsal's folder must never pass for a real run, nor the other way round: its pictures are made up, and its
-tasks are known to no one else. So its folder holds the simulator's memory, which is also what tells it apart.
+A rehearsal's folder must never pass for a real run, nor the other way round: its pictures are made up,
+and its tasks are known to no one else. So its folder holds the simulator's memory, which is also what
+tells it apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from batchrun.errors import UsageError
 from batchrun.settings import Credentials
@@ -48,9 +48,7 @@ async def service(folder: Folder, credentials: Credentials | None) -> AsyncItera
     memory.touch()
     try:
         async with Simulator(images="real") as simulator:
-            yield Credentials(
-                simulator.key, simulator.secret, simulator.base_url, simulator.socket_url
-            )
+            yield Credentials(simulator.key, simulator.secret, simulator.base_url, simulator.socket_url)
     finally:
         if is_new and not folder.is_run:  # nothing came of it
             memory.unlink(missing_ok=True)

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 @reading_options
 @working_options
 @service_options
-@click.option("--json", "as_json", is_flag=True, help="End with a JSON object: errors of the manifest, or the run's end.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="End with a JSON object: errors of the manifest, or the run's end.",
+)
 def run(
     job: str,
     env_file: Path | None,
@@ -30,30 +35,23 @@ def run(
     as_json: bool,
     **values: Any,
 ) -> int:
-    """Bring every image of JOB to disk: a manifest (.csv, .tsv, .jsonl, .json, each also .gz), "-" for standard
-    input, or a job file (.toml).
+    """Bring every image of JOB to disk: a manifest (.csv, .tsv, .jsonl, .json, each also .gz), "-" for
+    standard input, or a job file (.toml).
 
-    All errors of the manifest are told before anything is sent. The run can be stopped (Ctrl-C) or killed at any
-    moment; the same command goes on where it was, and never buys a finished row again.
+    All errors of the manifest are told before anything is sent. The run can be stopped (Ctrl-C) or killed
+    at any moment; the same command goes on where it was, and never buys a finished row again.
 
-    Keys are read from WIRO_API_KEY and WIRO_API_SECRET. Exit code: 0 all rows done, 1 some failed or in doubt,
-    2 wrong arguments or manifest (nothing was sent), 3 stopped early.
+    Keys are read from WIRO_API_KEY and WIRO_API_SECRET. Exit code: 0 all rows done, 1 some failed or in
+    doubt, 2 wrong arguments or manifest (nothing was sent), 3 stopped early.
     """
     from batchrun.cli.problems import telling_errors
 
     with telling_errors(as_json=as_json):
         made = job_of(job, values)
-        from batchrun.cli.session import conduct
+        from batchrun.cli.session import Session
 
-        return conduct(
-            made,
-            opening=_opening,
-            env_file=env_file,
-            simulate=simulate,
-            log_file=log_file,
-            no_display=no_display,
-            as_json=as_json,
-        ).exit_code
+        session = Session(made, env_file, simulate, log_file, no_display, as_json)
+        return session.sum_up(session.conduct(_opening))
 
 
 def _opening(runner: Runner) -> Iterator[Line]:
@@ -62,7 +60,7 @@ def _opening(runner: Runner) -> Iterator[Line]:
 
     counts = Counts(runner.progress.counts)
     if runner.merged is None:
-        yield from opening.going_on(counts, limit=runner.job.limit)
+        yield from opening.unchanged(counts, limit=runner.job.limit)
     else:
         yield from opening.planned(runner.merged, runner.estimates, counts, limit=runner.job.limit)
     if runner.findings is not None:

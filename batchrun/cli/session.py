@@ -1,6 +1,6 @@
 """One start of a run as a person sees it: said before, shown meanwhile, told to stop, summed up after.
 
-`conduct` is the only place where a command enters the event loop.
+`run_async` is the only place where a command enters the event loop.
 """
 
 from __future__ import annotations
@@ -11,24 +11,29 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import anyio
 from anyio.abc import TaskStatus
 
 from batchrun.cli.options import credentials_of
 from batchrun.cli.rehearsal import check_service, service
+from batchrun.errors import UsageError
 from batchrun.manifest.job import Job
-from batchrun.progress import Progress
+from batchrun.progress import Event, Progress
 from batchrun.report.lines import Lines
 from batchrun.report.summary import summary, to_json
 from batchrun.report.talk import Talk
 from batchrun.report.watch import Watch
 from batchrun.report.words import Line, near, plain
 from batchrun.runner import Again, Outcome, Runner
+from batchrun.settings import Credentials
+from batchrun.store.folder import Folder
+from batchrun.store.orders import read_standing
 
 T = TypeVar("T")
 
@@ -40,91 +45,133 @@ EXIT_STOPPED = 3
 Opening = Callable[[Runner], Iterator[Line]]
 
 
-def conduct(
-    job: Job,
-    *,
-    opening: Opening,
-    env_file: Path | None,
-    simulate: bool,
-    log_file: Path | None,
-    no_display: bool,
-    as_json: bool = False,
-    again: Again | None = None,
-) -> Outcome:
-    """Start the run of a job and bring it to its end. `opening` gives what is said just before the work begins.
+@dataclass
+class Session:
+    """How one start of a run is asked and shown."""
 
-    With `as_json` the words go to standard error and a JSON object ends the standard output. Raises what
-    Runner.run does, and UsageError.
-    """
-    talk = Talk(sys.stderr if as_json else sys.stdout)
-    progress = Progress()
-    watch = Watch(progress)
-    title = f"{near(Path(job.manifest))} → {near(job.folder)}"
+    job: Job
+    env_file: Path | None
+    #: A simulator answers, started for the occasion.
+    simulate: bool
+    log_file: Path | None
+    #: Lines even on a terminal.
+    no_display: bool
+    #: The words go to standard error, and a JSON object ends the standard output.
+    as_json: bool = False
 
-    def planned(runner: Runner) -> None:
-        for text, style in opening(runner):
-            talk.say(text, style)
-        watch.begin(beyond_limit=runner.beyond_limit)
+    def __post_init__(self) -> None:
+        self.talk = Talk(sys.stderr if self.as_json else sys.stdout)
+        self.folder = Folder(self.job.folder)
+        self.progress = Progress()
+        self._watch = Watch(self.progress)
+        self._title = f"{near(Path(self.job.manifest))} → {near(self.job.folder)}"
 
-    async def start() -> Outcome:
-        async with service(runner_folder, credentials) as asked:
-            runner = Runner(job, asked, progress=progress, again=again, planned=planned)
-            return await _accompany(runner, talk, _face(talk, watch, title, no_display=no_display))
+    def conduct(self, opening: Opening, *, again: Again | None = None) -> Outcome:
+        """Bring the start to its end; `opening` gives what is said just before the work begins.
 
-    credentials = None if simulate else credentials_of(env_file)
-    from batchrun.store.folder import Folder
+        Raises what Runner.run raises, and UsageError before anything is done.
+        """
+        credentials = None if self.simulate else credentials_of(self.env_file)
+        check_service(self.folder, credentials)
+        with self._logged(credentials):
+            self.talk.say(plain(self._title), "bold")
+            if self.simulate:
+                self.talk.say(
+                    "a rehearsal: a simulator answers, its pictures are made up, nothing is paid", "cyan"
+                )
+            return run_async(lambda: self._start(credentials, opening, again))
 
-    runner_folder = Folder(job.folder)
-    check_service(runner_folder, credentials)
-    with ExitStack() as stack:
-        log = None
-        if log_file is not None:
-            from batchrun.report.log import Log
+    async def _start(self, credentials: Credentials | None, opening: Opening, again: Again | None) -> Outcome:
+        def planned(runner: Runner) -> None:
+            self._say(opening(runner))
+            self._watch.begin(beyond_limit=runner.beyond_limit)
 
-            secrets = [credentials.key, credentials.secret or ""] if credentials else []
-            log = stack.enter_context(Log(log_file, secrets=secrets))
-            progress.listen(log.listen)
-        talk.say(plain(title), "bold")
-        if simulate:
-            talk.say("a rehearsal: a simulator answers, its pictures are made up, nothing is paid", "cyan")
-        outcome = run_async(start)
-    if log is not None and log.fault:
-        talk.say(f"--log {log_file}: ended early: {log.fault}", "yellow")
-    for text, style in summary(
-        outcome.folder,
-        outcome.counts,
-        outcome.failures,
-        stopped=outcome.stopped,
-        left=outcome.left,
-        beyond_limit=outcome.beyond_limit,
-        elapsed_s=time.monotonic() - progress.started_at,
-    ):
-        talk.say(text, style)
-    if as_json:
-        told = to_json(outcome.folder, outcome.counts, outcome.failures)
-        print(json.dumps({**told, "stopped": outcome.stopped, "exit_code": outcome.exit_code}))
-    return outcome
+        async with service(self.folder, credentials) as asked:
+            runner = Runner(self.job, asked, progress=self.progress, again=again, planned=planned)
+            return await _accompany(runner, self.talk, self._face())
+
+    def _face(self) -> Face:
+        if self.no_display or not self.talk.is_terminal:
+            return Lines(self.talk, self._watch)
+        from batchrun.report.display import Display  # here, since only a terminal needs it
+
+        return Display(self.talk, self._watch)
+
+    @contextmanager
+    def _logged(self, credentials: Credentials | None) -> Iterator[None]:
+        if self.log_file is None:
+            yield
+            return
+        from batchrun.report.log import Log
+
+        secrets = [credentials.key, credentials.secret or ""] if credentials else []
+        with Log(self.log_file, secrets=secrets) as log:
+            self.progress.listen(log.listen)
+            yield
+        if log.fault:
+            self.talk.say(f"--log {plain(str(self.log_file))} ended early: {log.fault}", "yellow")
+
+    def sum_up(self, outcome: Outcome) -> int:
+        """Tell how it ended; returns the exit code."""
+        elapsed_s = time.monotonic() - self.progress.started_at
+        self._say(
+            summary(
+                outcome.folder,
+                outcome.counts,
+                outcome.failures,
+                stopped=outcome.stopped,
+                left=outcome.left,
+                beyond_limit=outcome.beyond_limit,
+                elapsed_s=elapsed_s,
+            )
+        )
+        if self.as_json:
+            told = to_json(outcome.folder, outcome.counts, outcome.failures)
+            print(json.dumps({**told, "stopped": outcome.stopped, "exit_code": outcome.exit_code}))
+        return outcome.exit_code
+
+    def _say(self, lines: Iterable[Line]) -> None:
+        for text, style in lines:
+            self.talk.say(text, style)
+
+
+class Face(Protocol):
+    """What shows a run while it goes on."""
+
+    def listen(self, event: Event) -> None:
+        """Take in an event."""
+        ...
+
+    async def run(self) -> None:
+        """Show it until cancelled."""
+        ...
+
+
+def stored_job(folder: Path) -> Job:
+    """The job of the run in a folder, as it was last told; raises UsageError when there is none."""
+    place = Folder(folder.absolute())
+    place.expect_run()
+    text = read_standing(place.state).job
+    if text is None:
+        raise UsageError(f"{folder}: its manifest was never read to the end; run the manifest again")
+    return Job.from_json(text).with_overrides(out=place.path)
 
 
 def run_async(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run `main` to its end in an event loop of its own: uvloop's where there is one."""
-    try:
-        from uvloop import new_event_loop
-    except ImportError:
-        new_event_loop = None
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=_new_loop) as runner:
         return runner.run(main())
 
 
-def _face(talk: Talk, watch: Watch, title: str, *, no_display: bool) -> Any:
-    if no_display or not talk.is_terminal:
-        return Lines(talk, watch)
-    from batchrun.report.display import Display  # here, since only a terminal needs it
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
 
-    return Display(talk, watch, title=title)
 
-
-async def _accompany(runner: Runner, talk: Talk, face: Any) -> Outcome:
+async def _accompany(runner: Runner, talk: Talk, face: Face) -> Outcome:
     """Run it, show it, and obey signals meanwhile."""
     runner.progress.listen(face.listen)
     fault: Exception | None = None
@@ -134,7 +181,7 @@ async def _accompany(runner: Runner, talk: Talk, face: Any) -> Outcome:
         group.start_soon(face.run)
         try:
             outcome = await runner.run()
-        except Exception as error:  # noqa: BLE001  raised below, outside of the group, as itself
+        except Exception as error:
             fault = error
         group.cancel_scope.cancel()
     if outcome is None:

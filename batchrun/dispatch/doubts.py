@@ -7,7 +7,7 @@ doubt, and read again until each doubt is settled or cannot be.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import anyio
@@ -15,6 +15,7 @@ import anyio
 from batchrun import errors
 from batchrun.model import Task
 from batchrun.rules.recovery import (
+    GRACE_S,
     LISTING_PATIENCE_S,
     Absent,
     Adopt,
@@ -24,6 +25,7 @@ from batchrun.rules.recovery import (
     LookAgain,
     is_older,
     settle_doubt,
+    task_number,
 )
 
 PAGE = 100
@@ -48,7 +50,9 @@ class _Case:
     #: Told whether a submit of the same request is under way: its task may not be recorded yet.
     busy: Callable[[], bool]
     settled: anyio.Event = field(default_factory=anyio.Event)
-    answer: Adopt | Absent | Hold | None = None
+    answer: Adopt | Absent | Hold | errors.CredentialsRefused | None = None
+    #: When the first correct reading was begun that could already show the task; None: none yet.
+    correct_at: float | None = None
 
 
 class Doubts:
@@ -61,13 +65,16 @@ class Doubts:
         self._known_tasks = known_tasks
         self._cases: list[_Case] = []
         self._woken = anyio.Event()
-        self._correct_at: float | None = None
         self._failing_since: float | None = None
 
     async def settle(
         self, doubt: Doubt, *, lost_at: float, busy: Callable[[], bool]
     ) -> Adopt | Absent | Hold:
-        """Find out what became of a submit whose POST can last have been running at `lost_at` (monotonic s)."""
+        """Find out about a submit whose POST can last have been running at `lost_at` (monotonic s).
+
+        `busy` tells whether a submit of the same request is under way: its task may not be recorded yet.
+        Raises CredentialsRefused when the service refuses to list.
+        """
         case = _Case(doubt, lost_at, busy)
         self._cases.append(case)
         self._woken.set()
@@ -77,6 +84,8 @@ class Doubts:
             if case in self._cases:
                 self._cases.remove(case)
         assert case.answer is not None
+        if isinstance(case.answer, errors.CredentialsRefused):
+            raise case.answer
         return case.answer
 
     async def newest_task(self) -> int | None:
@@ -87,7 +96,8 @@ class Doubts:
             raise
         except errors.ServiceError:
             return None
-        return max((int(task.id) for task in tasks if task.id.isdecimal()), default=None)
+        numbers = [task_number(task.id) for task in tasks]
+        return max((number for number in numbers if number is not None), default=None)
 
     async def run(self) -> None:
         """Read the listing while there are doubts, until cancelled."""
@@ -95,25 +105,28 @@ class Doubts:
             if not self._cases:
                 self._woken = anyio.Event()
                 await self._woken.wait()
-            wait_s = await self._round(list(self._cases))
-            await anyio.sleep(min(wait_s, BETWEEN_S))
+            await anyio.sleep(await self._round(list(self._cases)))
 
     async def _round(self, cases: list[_Case]) -> float:
         """One reading of the listing, held against every case; returns the seconds until the next."""
         begun_at = anyio.current_time()
         try:
             listing = await self._read(cases, begun_at)
-        except errors.CredentialsRefused:
-            raise
+        except errors.CredentialsRefused as error:
+            for case in cases:
+                self._answer(case, error)
+            return BETWEEN_S
         except errors.ServiceError as error:
             self._unreadable(cases, begun_at, error)
-            return BETWEEN_S
+            return max(BETWEEN_S, getattr(error, "retry_after_s", None) or 0.0)
         self._failing_since = None
         wait_s = BETWEEN_S
         claimed = set(listing.claimed)
         for case in cases:
-            current = Listing(listing.tasks, begun_at, listing.to_the_end, claimed, self._correct_at)
+            current = replace(listing, claimed=claimed, earlier_at=case.correct_at)
             answer = settle_doubt(case.doubt, current, lost_at=case.lost_at)
+            if case.correct_at is None and begun_at >= case.lost_at + GRACE_S:
+                case.correct_at = begun_at
             if isinstance(answer, LookAgain):
                 wait_s = min(wait_s, answer.after_s)
             elif case.busy():
@@ -124,23 +137,23 @@ class Doubts:
                 if isinstance(answer, Adopt):
                     claimed.add(answer.task.id)
                 self._answer(case, answer)
-        if self._correct_at is None:
-            self._correct_at = begun_at
         return wait_s
 
     async def _read(self, cases: list[_Case], begun_at: float) -> Listing:
         tasks: dict[str, Task] = {}
-        to_the_end = False
+        to_the_end, was_full = False, False
         for page in range(MAX_PAGES):
             found = await self._client.list_tasks(start=page * PAGE, limit=PAGE)
-            tasks |= {task.id: task for task in found if task.id not in tasks}
-            if len(found) < PAGE:
-                to_the_end = True
+            if not found:
+                # an empty page tells the end; right after a full one it may as well be a fault
+                to_the_end = not was_full
                 break
+            tasks |= {task.id: task for task in found if task.id not in tasks}
+            was_full = len(found) >= PAGE
             if all(any(is_older(case.doubt, task) for task in found) for case in cases):
                 break
         claimed = await self._known_tasks(list(tasks))
-        return Listing(list(tasks.values()), begun_at, to_the_end, claimed, self._correct_at)
+        return Listing(list(tasks.values()), begun_at, to_the_end, claimed)
 
     def _unreadable(self, cases: list[_Case], now: float, error: errors.ServiceError) -> None:
         self._failing_since = now if self._failing_since is None else self._failing_since
@@ -152,7 +165,7 @@ class Doubts:
             if now - case.lost_at >= patience_s:
                 self._answer(case, Hold(f"the service's task list cannot be read: {error}"))
 
-    def _answer(self, case: _Case, answer: Adopt | Absent | Hold) -> None:
+    def _answer(self, case: _Case, answer: Adopt | Absent | Hold | errors.CredentialsRefused) -> None:
         case.answer = answer
         case.settled.set()
         if case in self._cases:

@@ -113,6 +113,32 @@ class Slots:
             self._waiting.popleft().set()
 
 
+class Slot:
+    """One row's hold on a task slot; taking and giving twice is harmless."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+        self._held = False
+
+    async def take(self) -> None:
+        """Wait for a slot unless one is held."""
+        if not self._held:
+            await self._slots.take()
+            self._held = True
+
+    def take_anyway(self) -> None:
+        """Hold a slot for a task that may be active already, even beyond the limit."""
+        if not self._held:
+            self._slots.take_anyway()
+            self._held = True
+
+    def give(self) -> None:
+        """Give the slot back if one is held."""
+        if self._held:
+            self._held = False
+            self._slots.give()
+
+
 class Gate:
     """Submits pass while the service is well; after trouble they wait, and one at a time tries.
 
@@ -142,7 +168,7 @@ class Gate:
                 continue
             self._probing = True
             try:
-                while anyio.current_time() < self._until:
+                while anyio.current_time() < self._until:  # noqa: ASYNC110  another refusal may move it
                     await anyio.sleep_until(self._until)
             except BaseException:
                 self.unsure(probe=True)

@@ -1,13 +1,14 @@
 """Keeping the sidecar files true while the run goes on: metadata.jsonl, results.jsonl and failed.csv.
 
 Rows are numbered as they settle, and the files grow in that order. The state remembers up to which number and
-which length the files are known; the next start cuts them there and goes on, so a kill costs at most lines that
-come back. When something written is no longer true (a row is asked for anew, its line moved), the mark is
+which length the files are known; the next start cuts them there and goes on, so a kill costs at most lines
+that come back. If something written is no longer true (a row is asked for anew, its line moved), the mark is
 taken back and the files are written anew, whole, beside the old ones.
 """
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from batchrun.manifest.write import RowWriter
 from batchrun.model import LocalImage, State
 from batchrun.outputs.sidecars import JsonLines, Kinds, Record, metadata_record, results_record
 from batchrun.progress import Fact, Progress
+from batchrun.store.changes import mark_listed
 from batchrun.store.folder import Folder
 from batchrun.store.store import Settled, Store, read_settled
 from batchrun.tools.bind import Binder
@@ -43,14 +45,15 @@ class Listing:
         self._metadata = JsonLines(folder.metadata, scratch=folder.path / "partial")
         self._results = JsonLines(folder.results)
         self._kinds = Kinds()
-        self._settled = 0
+        #: As the state has it.
+        self._mark: dict[str, Any] = {}
 
     async def begin(self) -> None:
         """Open the files where they are known to be true, or write them anew."""
         mark = await self._store.listing_mark()
         known = bool(mark) and await anyio.to_thread.run_sync(self._open_at, mark)
         if known:
-            self._settled = mark["settled"]
+            self._mark = mark
             await self.catch_up()
         else:
             await self._rebuild()
@@ -69,15 +72,20 @@ class Listing:
 
     async def catch_up(self) -> None:
         """Add the lines of every row settled since the last time."""
-        while settled := await self._store.settled_after(self._settled, limit=PAGE):
+        if await self._store.listing_mark() != self._mark:
+            await self._rebuild()
+        while settled := await self._store.settled_after(self._mark["settled"], limit=PAGE):
             await self._know_tools(settled)
             metadata = [record for item in settled for record in self._images(item)]
-            if self._kinds.learn(metadata):
+            is_true = not self._kinds.learn(metadata)
+            if is_true:
+                await anyio.to_thread.run_sync(
+                    self._append, metadata, [self._result(item) for item in settled]
+                )
+                before, self._mark = self._mark, self._reached(settled[-1].number)
+                is_true = await self._store.set_listing_mark(self._mark, instead_of=before)
+            if not is_true:
                 await self._rebuild()
-                return
-            await anyio.to_thread.run_sync(self._append, metadata, [self._result(item) for item in settled])
-            self._settled = settled[-1].number
-            await self._mark()
             self._progress.announce(Fact.LISTED, rows=len(settled))
 
     def _append(self, metadata: list[Record], results: list[Record]) -> None:
@@ -85,27 +93,25 @@ class Listing:
             self._metadata.append([self._kinds.fit(record) for record in metadata])
         self._results.append(results)
 
-    async def _mark(self) -> None:
-        await self._store.set_listing_mark(
-            {
-                "settled": self._settled,
-                "metadata": self._metadata.length_bytes,
-                "results": self._results.length_bytes,
-                "kinds": self._kinds.to_json(),
-            }
-        )
+    def _reached(self, settled: int) -> dict[str, Any]:
+        mark = {
+            "settled": settled,
+            "metadata": self._metadata.length_bytes,
+            "results": self._results.length_bytes,
+            "kinds": self._kinds.to_json(),
+        }
+        copy: dict[str, Any] = json.loads(json.dumps(mark))  # what is known of kinds goes on changing
+        return copy
 
     async def _rebuild(self) -> None:
         """Write both files anew from the state, in the thread that owns it."""
-        numbers = await self._store.tool_numbers()
-        for number in numbers:
+        for number in await self._store.tool_numbers():
             await self._know_tool(number)
-        self._kinds = Kinds()
-        self._settled = await self._store.planning(self._rewrite)
-        await self._mark()
+        self._mark = await self._store.planning(self._rewrite)
 
-    def _rewrite(self, connection: sqlite3.Connection) -> int:
+    def _rewrite(self, connection: sqlite3.Connection) -> dict[str, Any]:
         last = 0
+        self._kinds = Kinds()
         for item in _all_settled(connection):
             self._kinds.learn(self._images(item))
             last = item.number
@@ -113,7 +119,9 @@ class Listing:
             self._kinds.fit(record) for item in _all_settled(connection) for record in self._images(item)
         )
         self._results.rewrite(self._result(item) for item in _all_settled(connection))
-        return last
+        mark = self._reached(last)
+        mark_listed(connection, mark)
+        return mark
 
     async def _know_tools(self, settled: list[Settled]) -> None:
         for item in settled:

@@ -175,7 +175,7 @@ class Saver:
         free = free_bytes(self._folder)
         if free < wanted:
             raise errors.DiskError(
-                f"the disk is nearly full ({free / 1e6:.0f} MB left): make room, then run the same command again"
+                f"the disk is nearly full ({free / 1e6:.0f} MB left): make room, then run again"
             )
 
     async def _refresh(self, row: Row, output: Output) -> Output | Unsaved:

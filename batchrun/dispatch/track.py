@@ -165,7 +165,7 @@ class Tracker:
         watch.unknown_since = watch.unknown_since if watch.unknown_since is not None else now
         if now - watch.unknown_since > UNKNOWN_PATIENCE_S:
             self._end(watch, None, Left("the service does not know the task"))
-        return 5.0
+        return min(5.0, 0.5 + (now - watch.unknown_since) / 2)
 
     def _trouble(self, watch: _Watch, asked_s: float | None) -> float:
         watch.troubles += 1

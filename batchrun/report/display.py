@@ -14,7 +14,7 @@ from rich.text import Text
 
 from batchrun.progress import Event, Fact
 from batchrun.report.talk import Talk
-from batchrun.report.watch import Notes, Sight, Watch
+from batchrun.report.watch import Notes, Sight, Watch, active_of
 from batchrun.report.words import about, count, duration, plain, rough_usd, size
 
 #: Between two drawings.
@@ -26,10 +26,9 @@ NOTES = 5
 class Display:
     """Draws a run on a terminal."""
 
-    def __init__(self, talk: Talk, watch: Watch, *, title: str) -> None:
+    def __init__(self, talk: Talk, watch: Watch) -> None:
         self._talk = talk
         self._watch = watch
-        self._title = plain(title)
         self._notes = Notes()
         self._newest: deque[Text] = deque(maxlen=NOTES)
         self._stopping: str | None = None
@@ -56,43 +55,33 @@ class Display:
         sight = self._watch.look()
         if self._watch.began_at is None:
             dots = "." * (1 + int(sight.elapsed_s * 2) % 3)
-            return _line((f"{self._title}: reading the manifest{dots}", "dim"))
+            return _line((f"reading the manifest{dots}", "dim"))
         return Group(
             "",
-            _heading(self._title, sight),
             _bar(sight),
             _rows(sight),
-            _gain(sight),
+            _gain(sight, is_stopping=self._stopping is not None),
             *self._state(sight),
             *(_cut(note) for note in self._newest),
         )
 
     def _state(self, sight: Sight) -> list[Text]:
         if self._stopping is not None:
-            reason = (
-                f"stopping ({self._stopping}): finishing downloads; Ctrl-C to leave at once",
-                "bold yellow",
-            )
-            return [_line(reason)]
+            text = f"stopping ({self._stopping}): finishing downloads; again to leave at once"
+            awaited = [(f"{count(sight.submitting, 'answer')} awaited", "")] if sight.submitting else []
+            return [_line((text, "bold yellow"), *awaited)]
         return [_line((f"waiting: {sight.waiting_for}", "bold yellow"))] if sight.waiting_for else []
-
-
-def _heading(title: str, sight: Sight) -> Table:
-    grid = Table.grid(expand=True)
-    grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-    grid.add_column(justify="right", no_wrap=True)
-    grid.add_row(Text(title, style="bold"), Text(duration(int(sight.elapsed_s)), style="dim"))
-    return grid
 
 
 def _bar(sight: Sight) -> Table:
     grid = Table.grid(expand=True, padding=(0, 1, 0, 0))
     grid.add_column(ratio=1)
-    grid.add_column(justify="right", no_wrap=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True)
     share = sight.settled / sight.total if sight.total else 1.0
     bar = ProgressBar(total=max(1, sight.total), completed=sight.settled, finished_style="green")
     # rounded down: 100% is said when it is true
-    grid.add_row(bar, Text(f"{int(100 * share)}%"))
+    grid.add_row(bar, Text(f"{int(100 * share)}%"), Text(duration(int(sight.elapsed_s)), style="dim"))
     return grid
 
 
@@ -100,17 +89,16 @@ def _rows(sight: Sight) -> Text:
     parts = [(f"{sight.done:,} of {count(sight.total, 'row')} done", "green")]
     parts += [(f"{sight.failed:,} failed", "red")] if sight.failed else []
     parts += [(f"{sight.in_doubt:,} in doubt", "yellow")] if sight.in_doubt else []
-    of = f" of {sight.limit:,}" if sight.limit else ""
-    parts.append((f"{sight.active:,}{of} tasks active", "cyan"))
+    parts.append((active_of(sight), "cyan"))
     parts += [(f"{sight.saving:,} being saved", "cyan")] if sight.saving else []
     return _line(*parts)
 
 
-def _gain(sight: Sight) -> Text:
+def _gain(sight: Sight, *, is_stopping: bool) -> Text:
     parts = [(count(sight.images, "image"), ""), (size(sight.bytes), "")]
     parts += [(rough_usd(sight.cost_usd), "")] if sight.cost_usd else []
     parts += [(f"{sight.rows_per_min:,.1f} rows/min", "")] if sight.rows_per_min else []
-    if sight.left_s is not None and sight.settled < sight.total:
+    if sight.left_s is not None and sight.settled < sight.total and not is_stopping:
         parts.append((f"about {about(sight.left_s)} left", "bold"))
     return _line(*parts)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
-from batchrun.model import Problem, Severity, State
+from batchrun.model import Problem, State
 from batchrun.report.words import Line, count, exact_usd, plain, rough_usd
 
 if TYPE_CHECKING:
@@ -25,22 +25,22 @@ def planned(
 ) -> Iterator[Line]:
     """What reading the manifest came to."""
     yield f"{count(merged.rows, 'row')}, {count(merged.images, 'image')} to expect", "bold"
-    yield from _before(counts)
+    yield from so_far(counts)
     yield from _changes(merged)
     if limit is not None:
         yield f"only the first {count(limit, 'row')} (--limit)", ""
     yield from _prices(merged, estimates)
 
 
-def going_on(counts: Counts, *, limit: int | None) -> Iterator[Line]:
+def unchanged(counts: Counts, *, limit: int | None) -> Iterator[Line]:
     """The same, when the manifest and its settings are as they were and it was not read again."""
     yield f"{count(counts.total, 'row')}; the manifest is unchanged", "bold"
-    yield from _before(counts)
+    yield from so_far(counts)
     if limit is not None:
         yield f"only the first {count(limit, 'row')} (--limit)", ""
 
 
-def _before(counts: Counts) -> Iterator[Line]:
+def so_far(counts: Counts) -> Iterator[Line]:
     """How far earlier starts came; nothing for a new run."""
     of = counts.by_state
     words = (
@@ -96,7 +96,7 @@ def _slug(run_path: str) -> str:
 
 def _price(estimate: Estimate | None) -> str:
     """In words; a price that is not published is said to be unknown, never to be nothing."""
-    if estimate is None or estimate.cost_usd is None:
+    if estimate is None or estimate.cost_usd is None or not (estimate.cost_usd or estimate.is_price):
         return "price unknown"
     if estimate.range_usd is not None:
         low, high = estimate.range_usd
@@ -129,9 +129,8 @@ def errors(problems: Sequence[Problem], *, total: int | None = None) -> Iterator
 
 
 def to_json(problems: Iterable[Problem]) -> list[dict[str, object]]:
-    """Errors as JSON objects."""
+    """Problems as JSON objects."""
     return [
         {"file": each.file, "line": each.line, "column": each.column, "message": each.message}
         for each in problems
-        if each.severity is Severity.ERROR
     ]

@@ -73,7 +73,13 @@ def groups(failures: Sequence[Group]) -> Iterator[Line]:
 
 
 def next_steps(
-    folder: Path, counts: Counts, failures: Sequence[Group], *, is_stopped: bool, beyond_limit: int = 0
+    folder: Path,
+    counts: Counts,
+    failures: Sequence[Group],
+    *,
+    is_stopped: bool,
+    beyond_limit: int = 0,
+    command: str = "the same command",
 ) -> Iterator[Line]:
     """The commands that go on from here; nothing when all is done."""
     of = counts.by_state
@@ -81,11 +87,14 @@ def next_steps(
     lost = sum(rows for _, failure, rows, _ in failures if failure.cause in LOST_CAUSES)
     for name in ("failed.csv", "failed.jsonl"):
         if (folder / name).is_file():
-            yield f"failed rows are in {plain(near(folder / name))}, ready to be corrected", ""
+            yield (
+                f"rows that did not make it: {plain(near(folder / name))}, ready to be corrected and run",
+                "",
+            )
     if is_stopped:
-        yield "to go on: run the same command again", "bold"
+        yield f"to go on: run {command} again", "bold"
     elif any(of.get(state, 0) for state in (State.SUBMITTING, State.IN_FLIGHT, State.FINISHED)):
-        yield "to look at the unfinished rows again: run the same command again", "bold"
+        yield f"to look at the unfinished rows again: run {command} again", "bold"
     elif beyond_limit:
         yield "to do the rest: run the same command without --limit", "bold"
     if of.get(State.FAILED, 0) > lost or of.get(State.CANCELLED, 0):

@@ -21,6 +21,8 @@ class Sight:
     #: Failed, cancelled or invalid.
     failed: int
     in_doubt: int
+    #: Sent, and not answered yet.
+    submitting: int
     #: Made and paid for; images are still to be saved.
     saving: int
     #: Task slots in use, and how many there are; 0 until known.
@@ -58,6 +60,7 @@ class Watch:
         """The manifest is planned and the work begins: from here the pace is told."""
         self.began_at = time.monotonic()
         self.beyond_limit = beyond_limit
+        self._pace = Pace()  # what was done by earlier starts is no pace
         self.look()
 
     def look(self) -> Sight:
@@ -75,6 +78,7 @@ class Watch:
             done=done,
             failed=failed,
             in_doubt=counts.get(State.IN_DOUBT, 0),
+            submitting=counts.get(State.SUBMITTING, 0),
             saving=counts.get(State.FINISHED, 0),
             active=progress.active,
             limit=progress.limit,
@@ -96,13 +100,18 @@ def rows_of(sight: Sight) -> str:
     return ", ".join(parts)
 
 
+def active_of(sight: Sight) -> str:
+    """`14 of 16 tasks active`; more than the limit where earlier starts or doubts left them."""
+    if not sight.limit:
+        return f"{count(sight.active, 'task')} active"
+    if sight.active > sight.limit:
+        return f"{count(sight.active, 'task')} active, limit {sight.limit:,}"
+    return f"{sight.active:,} of {count(sight.limit, 'task')} active"
+
+
 def tasks_of(sight: Sight) -> str:
     """`14 of 16 tasks active, 2 rows being saved`."""
-    text = (
-        f"{sight.active:,} of {sight.limit:,} tasks active"
-        if sight.limit
-        else f"{sight.active:,} tasks active"
-    )
+    text = active_of(sight)
     return f"{text}, {count(sight.saving, 'row')} being saved" if sight.saving else text
 
 

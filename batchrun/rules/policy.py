@@ -173,8 +173,8 @@ def charged(task: Task) -> Decimal | None:
     """
     if task.cost_usd is None:
         return None
-    free = task.status == "task_cancel" or task.pexit not in ("0", None)
-    return Decimal(0) if free else task.cost_usd
+    billed = task.status == "task_postprocess_end" and task.pexit in ("0", None)
+    return task.cost_usd if billed else Decimal(0)
 
 
 def may_try_again(attempts: int, *, limit: int) -> bool:

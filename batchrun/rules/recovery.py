@@ -6,6 +6,7 @@ Money hangs on `settle_doubt`, so it says "absent" only when every other explana
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -63,19 +64,28 @@ class Doubt:
     model_id: str = ""
 
 
+def task_number(task_id: str) -> int | None:
+    """A task id as a number, larger for newer tasks; None for ids that are no such numbers.
+
+    Ids come from outside: 18 digits are what the state can hold.
+    """
+    return int(task_id) if len(task_id) <= 18 and task_id.isascii() and task_id.isdecimal() else None
+
+
 class Match(StrEnum):
     """How a listed task relates to a doubtful submit."""
 
     OLDER = "older"
     OTHER = "other"
     SAME = "same"
-    #: New and unclaimed, but the service does not echo enough to compare.
+    #: The service does not tell enough to compare.
     UNKNOWABLE = "unknowable"
 
 
 def compare(doubt: Doubt, task: Task) -> Match:
     """How `task`, claimed by no row, relates to `doubt`."""
-    if is_older(doubt, task):
+    older = _is_older(doubt, task)
+    if older:
         return Match.OLDER
     if doubt.model_id and task.model_id and task.model_id != doubt.model_id:
         return Match.OTHER
@@ -83,18 +93,24 @@ def compare(doubt: Doubt, task: Task) -> Match:
     shared = [name for name in doubt.body if name in echoed]
     if any(not same_value(doubt.body[name], echoed[name]) for name in shared):
         return Match.OTHER
-    if not shared or any(name not in echoed for name in doubt.given):
+    if older is None or not shared or any(name not in echoed for name in doubt.given):
         return Match.UNKNOWABLE
     return Match.SAME
 
 
 def is_older(doubt: Doubt, task: Task) -> bool:
-    """Whether `task` existed before the intent, by ids or else by the service's own times."""
-    if doubt.after_task is not None and task.id.isdecimal():
-        return int(task.id) <= doubt.after_task
+    """Whether `task` certainly existed before the intent."""
+    return _is_older(doubt, task) is True
+
+
+def _is_older(doubt: Doubt, task: Task) -> bool | None:
+    """Whether `task` existed before the intent, by ids or else by the service's own times; None: unknown."""
+    number = task_number(task.id)
+    if doubt.after_task is not None and number is not None:
+        return number <= doubt.after_task
     if doubt.intent_server_at is not None and task.created_at is not None:
         return task.created_at < doubt.intent_server_at - CLOCK_TOLERANCE_S
-    return False
+    return None
 
 
 def same_value(sent: Value, echoed: Any) -> bool:
@@ -110,11 +126,9 @@ def same_value(sent: Value, echoed: Any) -> bool:
 def _list_of(value: Any) -> list[Any]:
     text = _text(value)
     if text.startswith("["):
-        import json
-
         try:
             parsed = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             parsed = None
         if isinstance(parsed, list):
             return parsed
@@ -122,7 +136,10 @@ def _list_of(value: Any) -> list[Any]:
 
 
 def _text(value: Any) -> str:
-    return "" if value is None else str(value).replace("\r\n", "\n").strip()
+    if value is None:
+        return ""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return text.replace("\r\n", "\n").strip()
 
 
 def _same_number(left: str, right: str) -> bool:
@@ -143,7 +160,7 @@ class Listing:
     to_the_end: bool
     #: Ids in it that this run knows: they prove that the listing shows our tasks, and are claimed.
     claimed: Collection[str]
-    #: Seconds (monotonic) of an earlier correct reading, None when this is the first.
+    #: Seconds (monotonic) when an earlier correct reading was begun; None when there was none.
     earlier_at: float | None = None
 
 
@@ -190,9 +207,7 @@ def settle_doubt(doubt: Doubt, listing: Listing, *, lost_at: float) -> Adopt | A
         return Hold("the listing does not reach back to before the submit")
     if listing.claimed:
         return Absent()
-    if listing.earlier_at is None:
-        return LookAgain(SECOND_LOOK_S)
-    waited_s = listing.begun_at - max(listing.earlier_at, lost_at + GRACE_S)
-    if waited_s < SECOND_LOOK_S:
-        return LookAgain(SECOND_LOOK_S - waited_s)
-    return Absent()
+    if listing.earlier_at is None or listing.earlier_at < lost_at + GRACE_S:
+        return LookAgain(SECOND_LOOK_S)  # an answer during the grace proves nothing
+    waited_s = listing.begun_at - listing.earlier_at
+    return Absent() if waited_s >= SECOND_LOOK_S else LookAgain(SECOND_LOOK_S - waited_s)

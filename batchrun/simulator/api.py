@@ -31,7 +31,7 @@ from batchrun.simulator.pictures import size_px
 from batchrun.simulator.tasks import SimTask, fingerprint
 from batchrun.simulator.validate import image_count, validate
 from batchrun.simulator.weather import spoil
-from batchrun.simulator.world import Upload, World
+from batchrun.simulator.world import World
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Given = dict[str, Any]
@@ -187,7 +187,7 @@ class Api:
         # Real images are awaited, and meanwhile further tasks may end.
         while unmeasured := [task for task in tasks if task.outputs and task.sizes_bytes is None]:
             for task in unmeasured:
-                await world.studio.measure(task)
+                await world.measure(task)
         now = world.ledger.now
         shown = [world.views.task(task, now, hide_parameters=hide_parameters) for task in tasks]
         return answer(total=str(total), tasklist=shown)
@@ -257,7 +257,7 @@ class Api:
             raise Refusal(VALIDATION, "Request files [file] required")
 
         async def act() -> web.Response:
-            kept = [upload async for _, upload in self._parts(request) if isinstance(upload, Upload)]
+            kept = [upload async for _, upload in self._parts(request) if isinstance(upload, cdn.Upload)]
             if not kept:
                 raise Refusal(VALIDATION, "Request files [file] required")
             at = str(int(world.wall(world.ledger.now)))
@@ -268,7 +268,7 @@ class Api:
                         name=upload.name,
                         media_type=upload.media_type,
                         size_bytes=upload.size_bytes,
-                        url=upload.url,
+                        url=world.url(upload),
                         at=at,
                     )
                     for upload in kept
@@ -342,7 +342,9 @@ class Api:
             return sent
         if fault.kind == "403":
             task.address_version[index] = task.address_version.get(index, 0) + 1
-        task.gone = task.gone or fault.kind == "gone"
+        if fault.kind == "gone":
+            task.gone = True
+            world.ledger.tell(task)
         return await cdn.spoiled(request, file, fault.kind, stall=world.weather.stall)
 
     def _addressed(self, key: str) -> tuple[SimTask, int] | None:
@@ -366,7 +368,7 @@ class Api:
         if request.content_type.startswith("multipart/") and "boundary=" in request.headers["Content-Type"]:
             given: Given = {}
             async for name, part in self._parts(request):
-                given[name] = part.url if isinstance(part, Upload) else part
+                given[name] = self._world.url(part) if isinstance(part, cdn.Upload) else part
             return given
         # The seeds' own samples send JSON under a multipart header without a boundary.
         try:
@@ -377,7 +379,7 @@ class Api:
             raise Refusal(VALIDATION, "Request parameters are invalid.")
         return body
 
-    async def _parts(self, request: web.Request) -> AsyncIterator[tuple[str, str | Upload]]:
+    async def _parts(self, request: web.Request) -> AsyncIterator[tuple[str, str | cdn.Upload]]:
         async for part in await request.multipart():
             if not isinstance(part, BodyPartReader):
                 continue
@@ -389,16 +391,15 @@ class Api:
             else:
                 yield part.name or "", self._keep(part, content)
 
-    def _keep(self, part: BodyPartReader, content: bytes) -> Upload:
+    def _keep(self, part: BodyPartReader, content: bytes) -> cdn.Upload:
         world = self._world
         digest = hashlib.sha256(content).hexdigest()
         stem = re.sub(r"\W", "", part.name or "", flags=re.ASCII) or "file"
         suffix = re.search(r"\.[A-Za-z0-9]{1,5}$", part.filename or "")
         path = f"/v1/File/{digest[:30]}/{stem}-{len(world.uploads) + 1}{suffix[0] if suffix else ''}"
         media_type = part.headers.get("Content-Type", "application/octet-stream")
-        world.files[path] = cdn.File(content, media_type, cdn.etag(content, world.options.etag))
-        upload = Upload(part.filename or "", media_type, digest, len(content), f"{world.origin}{path}")
-        world.uploads.append(upload)
+        upload = cdn.Upload(path, part.filename or "", media_type, digest, len(content))
+        world.keep(upload, content)
         return upload
 
 

@@ -41,6 +41,18 @@ class File:
         return {**headers, "ETag": self.etag} if self.etag else headers
 
 
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A file the simulator was given."""
+
+    #: Its address below the simulator's own.
+    path: str
+    name: str
+    media_type: str
+    sha256: str
+    size_bytes: int
+
+
 def etag(content: bytes, kind: ETagKind) -> str:
     """The ETag of these bytes, quotes included; empty when the CDN gives none."""
     match kind:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -127,6 +128,12 @@ def _decimal(_context: click.Context, _parameter: click.Parameter, value: str) -
 @click.option(
     "--stall", type=float, default=90.0, show_default=True, help="Seconds that a stalled answer takes."
 )
+@click.option(
+    "--memory",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Keep tasks and uploads in FILE; a later simulator with the same FILE knows them and goes on.",
+)
 @click.option("--with-parent", is_flag=True, help="End when standard input is closed.")
 def simulate(
     port: int,
@@ -139,6 +146,7 @@ def simulate(
     queue: bool,
     key_only: bool,
     stall: float,
+    memory: Path | None,
     with_parent: bool,
 ) -> None:
     """Serve a stand-in for Wiro on this machine: the same API, made-up images, nothing to pay.
@@ -169,6 +177,7 @@ def simulate(
         balance_usd=balance,
         queue=queue,
         stall_s=stall,
+        memory=memory,
     )
     if key_only:
         from dataclasses import replace

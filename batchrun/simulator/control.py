@@ -73,7 +73,10 @@ class Control:
 
 
 def stats(world: World) -> dict[str, Any]:
-    """The simulator's counters; sums as decimal text."""
+    """The simulator's counters; sums as decimal text.
+
+    Tasks, money and uploads include what is remembered; requests, refusals and faults are since the start.
+    """
     ledger = world.ledger
     ledger.advance()
     return {
@@ -94,7 +97,7 @@ def stats(world: World) -> dict[str, Any]:
 
 
 def facts(task: SimTask, now: float) -> dict[str, Any]:
-    """One task for an audit; instants are seconds on one monotonic clock, sums decimal text."""
+    """One task for an audit; instants are seconds on one clock that never goes back, sums decimal text."""
     return {
         "id": str(task.id),
         "tool": task.tool.slug,

@@ -228,8 +228,8 @@ class Plan:
             if rule.merciful and key is not None and self._streaks.get((point, key), 0) >= MERCY:
                 continue
             chosen = rule
-        if key is not None and point in self._by_point:
-            self._note(point, key, struck=chosen is not None)
+        if key is not None:
+            self.note(point, key, struck=chosen is not None)
         if chosen is None:
             return None
         chosen.record(key)
@@ -243,7 +243,10 @@ class Plan:
                 counts[rule.fault.name] = counts.get(rule.fault.name, 0) + rule.struck
         return counts
 
-    def _note(self, point: str, key: Hashable, *, struck: bool) -> None:
+    def note(self, point: str, key: Hashable, *, struck: bool) -> None:
+        """Count towards mercy that `key` was struck at `point`, or spared."""
+        if point not in self._by_point:
+            return
         if struck:
             self._streaks[point, key] = self._streaks.get((point, key), 0) + 1
         else:

@@ -2,7 +2,8 @@
 
 One aiohttp server on 127.0.0.1 serves the API (`/v1`), the WebSocket (`/socket/v1`), the CDN (`/cdn`) and,
 for test harnesses, `/simulator` (see `control`). Everything that takes time is a schedule read against the
-clock, so there is nothing to tick and nothing to clean up but the listener and the painters' threads.
+clock, so there is nothing to tick and nothing to clean up but the listener, the painters' threads and, where
+`Options.memory` names one, the file that outlives them all.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from aiohttp import web
 
 from batchrun.model import Tool
 from batchrun.simulator.api import MAX_UPLOAD_BYTES, Api
+from batchrun.simulator.cdn import Upload
 from batchrun.simulator.control import Control, stats
 from batchrun.simulator.faults import Plan
 from batchrun.simulator.sockets import Sockets
 from batchrun.simulator.tasks import SimTask
-from batchrun.simulator.world import Options, Upload, World
+from batchrun.simulator.world import Options, World
 
 #: Time for an order's own answer to leave before an outage cuts the connection.
 _BEFORE_OUTAGE_S = 0.05
@@ -38,7 +40,7 @@ class Simulator:
     ) -> None:
         """Set up with `options`, or with its fields as keywords; `tools` default to the catalog's.
 
-        Raises UsageError where faults or seconds are not understood.
+        Raises UsageError where faults or seconds are not understood or the memory cannot be used.
         """
         if options is None:
             options = Options(**kwargs)
@@ -195,8 +197,12 @@ class Simulator:
         self._runner = web.AppRunner(
             app, access_log=None, handle_signals=False, shutdown_timeout=0.5, handler_cancellation=True
         )
-        await self._runner.setup()
-        await self.come_back()
+        try:
+            await self._runner.setup()
+            await self.come_back()
+        except BaseException:
+            await self.__aexit__(None, None, None)  # nobody else will
+            raise
         self._port = self._runner.addresses[0][1]
         self._world.origin = f"http://127.0.0.1:{self._port}"
         return self
@@ -210,7 +216,7 @@ class Simulator:
         await asyncio.gather(*self._outages, return_exceptions=True)
         if self._runner is not None:
             await self._runner.cleanup()
-        self._world.studio.close()
+        self._world.close()
 
     async def _date(self, _: web.Request, response: web.StreamResponse) -> None:
         # aiohttp would send our machine's time; the service's clock may be off.

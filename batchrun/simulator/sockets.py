@@ -141,7 +141,7 @@ class _Subscriber:
         if status == "task_output":
             message = {"type": "progressGenerate", "percentage": "50", "stepCurrent": "15", "stepTotal": "30"}
         elif status == "task_postprocess_end":
-            await self._world.studio.measure(task)
+            await self._world.measure(task)
             message = self._world.views.outputs(task)
         elif status.startswith("task_error"):
             message = "warning: retrying on another device"

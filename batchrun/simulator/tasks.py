@@ -74,8 +74,8 @@ class SimTask:
     started_at: float | None = None
     #: None until terminal.
     ended_at: float | None = None
-    #: Cancelled or killed by the client.
-    stopped: bool = False
+    #: When the client cancelled or killed it.
+    stopped_at: float | None = None
     cost_usd: Decimal = Decimal(0)
     #: The files were deleted at the service.
     gone: bool = False
@@ -90,6 +90,26 @@ class SimTask:
     sizes_bytes: tuple[int, ...] | None = None
 
     @property
+    def stopped(self) -> bool:
+        """Whether the client cancelled or killed it."""
+        return self.stopped_at is not None
+
+    @property
+    def changed_at(self) -> float:
+        """When its schedule was last decided upon: by its making, its start or a stop order."""
+        decided = (self.stopped_at, self.started_at, self.made_at)
+        return next(at for at in decided if at is not None)
+
+    @property
+    def due_at(self) -> float:
+        """When it ends, as far as is known now; infinity where it does not."""
+        if self.stopped_at is not None:
+            return self.stopped_at
+        if self.started_at is None or self.fault == "task-stuck":
+            return math.inf
+        return self.started_at + self.duration_s
+
+    @property
     def succeeded(self) -> bool:
         """Whether it ended well (which it may have done without outputs)."""
         return self.ended_at is not None and not self.stopped and self.fault not in FAILING
@@ -97,7 +117,12 @@ class SimTask:
     @property
     def outputs(self) -> int:
         """How many images it shows once it has ended."""
-        if not self.succeeded or self.gone or self.fault == "task-empty":
+        return 0 if self.gone else self.images_made
+
+    @property
+    def images_made(self) -> int:
+        """How many images it had at its end, whatever became of them."""
+        if not self.succeeded or self.fault == "task-empty":
             return 0
         return self.images - (self.fault == "task-fewer" and self.images > 1)
 
@@ -117,10 +142,9 @@ class SimTask:
             begin += tuple(
                 (started_at + part * self.duration_s, status) for part, status in parts if part > 0
             )
-        if self.stopped:
-            assert self.ended_at is not None
-            ended_at = self.ended_at
-            return (*((at, status) for at, status in begin if at < ended_at), (ended_at, "task_cancel"))
+        if self.stopped_at is not None:
+            stopped_at = self.stopped_at
+            return (*((at, status) for at, status in begin if at < stopped_at), (stopped_at, "task_cancel"))
         return begin
 
     def status(self, now: float) -> str:
@@ -179,19 +203,21 @@ class Ledger:
         self.tasks: list[SimTask] = []
         #: Most tasks ever active at once.
         self.max_active = 0
-        #: Told of every task whose schedule changes: by a start, a cancel, a kill.
+        #: Told of every task of which something changes: made, started, stopped, its files deleted.
         self.listeners: set[Callable[[SimTask], None]] = set()
         #: The instant up to which all is accounted for.
         self.now = clock()
         self._clock = clock
-        self._first_id = first_id
+        self._next_id = first_id
+        self._by_id: dict[str, SimTask] = {}
         self._salt = salt
         self._by_token: dict[str, SimTask] = {}
         self._by_tool: dict[str, list[SimTask]] = {}
         #: Of each request the tasks that lived or had succeeded when last looked at.
         self._standing: dict[str, list[SimTask]] = {}
         self._running = 0
-        self._ends: list[tuple[float, int]] = []
+        #: Ends to come of tasks that hold a slot: (instant, id, task), the next one first.
+        self._ends: list[tuple[float, int, SimTask]] = []
         self._waiting: deque[SimTask] = deque()
 
     @property
@@ -245,7 +271,7 @@ class Ledger:
     ) -> SimTask:
         """A new task, started where a slot is free."""
         self.advance()
-        number = self._first_id + len(self.tasks)
+        number = self._next_id
         request = fingerprint(tool, parameters)
         standing = [other for other in self._standing.get(request, ()) if _stands(other)]
         task = SimTask(
@@ -263,22 +289,43 @@ class Ledger:
             callback_url=callback_url,
             duplicates=standing[0].id if standing else None,
         )
-        self.tasks.append(task)
-        self._by_token[task.token] = task
-        self._by_tool.setdefault(tool.run_path, []).append(task)
+        self._enter(task)
         self._standing[request] = [*standing, task]
         self._waiting.append(task)
         self._start_waiting(task.made_at)
+        if task.started_at is None:
+            self.tell(task)
         return task
+
+    def restore(self, tasks: Sequence[SimTask]) -> None:
+        """Take over the tasks of an earlier ledger on the same clock, oldest first.
+
+        They are given as decided upon, without ends and bills: those follow from the schedules.
+        """
+        if not tasks:
+            return
+        for task in tasks:
+            self._enter(task)
+            self._standing.setdefault(task.fingerprint, []).append(task)
+        started = [(task.started_at, task) for task in tasks if task.started_at is not None]
+        for at, task in sorted(started, key=lambda pair: pair[0]):
+            self._catch_up(at)
+            self._occupy(task, at)
+        # Only now, as whoever waited when the earlier ledger fell silent cannot have started before.
+        silent_at = max(task.changed_at for task in tasks)
+        self._catch_up(silent_at)
+        for task in tasks:
+            if task.started_at is None and task.stopped:
+                task.ended_at = task.stopped_at
+            elif task.started_at is None:
+                self._waiting.append(task)
+        self._start_waiting(silent_at)
+        self.advance()
 
     def find(self, *, number: str = "", token: str = "") -> SimTask:
         """The task of that id (as text) or token; raises Refusal where there is none."""
         self.advance()
-        task = self._by_token.get(token)
-        if task is None and number.isdecimal():
-            index = int(number) - self._first_id
-            if 0 <= index < len(self.tasks):
-                task = self.tasks[index]
+        task = self._by_token.get(token) or self._by_id.get(number)
         if task is None:
             raise Refusal(NOT_FOUND, "There is no task yet.")
         return task
@@ -297,25 +344,25 @@ class Ledger:
         if assigned != is_assigned:
             wanted = "Task is not assigned yet." if assigned else "Task is not in the queue."
             raise Refusal(VALIDATION, wanted)
-        task.stopped = True
-        task.ended_at = now
+        task.stopped_at = now
         if task.started_at is None:
             self._waiting.remove(task)
+            task.ended_at = now
         else:
-            self._running -= 1
-        self._tell(task)
+            self._end(task, now)
+        self.tell(task)
         self._start_waiting(now)
 
     def advance(self) -> None:
         """Catch up with the clock: end what has ended, bill it, start what waited."""
         now = self.now = self._clock()
-        while self._ends and self._ends[0][0] <= now:
-            at, number = heapq.heappop(self._ends)
-            task = self.tasks[number - self._first_id]
-            if task.ended_at is None:
-                self._end(task, at)
-                self._start_waiting(at)
+        self._catch_up(now)
         self._start_waiting(now)  # the limit may have been raised
+
+    def tell(self, task: SimTask) -> None:
+        """Something of this task has changed that listeners are to know."""
+        for listener in tuple(self.listeners):
+            listener(task)
 
     @property
     def has_waiting(self) -> bool:
@@ -326,6 +373,20 @@ class Ledger:
         """When the next task ends that holds a slot; None if none will."""
         return self._ends[0][0] if self._ends else None
 
+    def _enter(self, task: SimTask) -> None:
+        self.tasks.append(task)
+        self._by_id[str(task.id)] = task
+        self._by_token[task.token] = task
+        self._by_tool.setdefault(task.tool.run_path, []).append(task)
+        self._next_id = max(self._next_id, task.id + 1)
+
+    def _catch_up(self, until: float) -> None:
+        while self._ends and self._ends[0][0] <= until:
+            at, _, task = heapq.heappop(self._ends)
+            if task.ended_at is None:
+                self._end(task, at)
+                self._start_waiting(at)
+
     def _end(self, task: SimTask, at: float) -> None:
         self._running -= 1
         task.ended_at = at
@@ -334,7 +395,7 @@ class Ledger:
         task.cost_usd = bill(
             task.tool.slug,
             task.parameters,
-            images=task.outputs or task.images,
+            images=task.images_made or task.images,
             pixels=task.width_px * task.height_px,
             elapsed_s=task.elapsed_s,
         )
@@ -344,16 +405,15 @@ class Ledger:
     def _start_waiting(self, at: float) -> None:
         while self._waiting and ((limit := self.limit) is None or self._running < limit):
             task = self._waiting.popleft()
-            task.started_at = at
-            self._running += 1
-            if task.fault != "task-stuck":
-                heapq.heappush(self._ends, (at + task.duration_s, task.id))
-            self.max_active = max(self.max_active, self._running)
-            self._tell(task)
+            self._occupy(task, at)
+            self.tell(task)
 
-    def _tell(self, task: SimTask) -> None:
-        for listener in tuple(self.listeners):
-            listener(task)
+    def _occupy(self, task: SimTask, at: float) -> None:
+        task.started_at = at
+        self._running += 1
+        self.max_active = max(self.max_active, self._running)
+        if (due_at := task.due_at) < math.inf:
+            heapq.heappush(self._ends, (due_at, task.id, task))
 
 
 def fingerprint(tool: Tool, parameters: Mapping[str, Any]) -> str:

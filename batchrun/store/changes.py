@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from decimal import Context, Decimal
+from typing import Any
 
 from batchrun.errors import LeaseLost
 from batchrun.model import TERMINAL, Failure, Row, State, Task
 from batchrun.rules.policy import charged
 from batchrun.rules.states import Event, advance
-from batchrun.store.records import load_row
+from batchrun.store.records import dumps, load_row
 
 #: Sums of money are exact; the usual 28 digits would round what a service may write.
 _EXACT = Context(prec=120)
@@ -148,3 +149,8 @@ def _add(connection: sqlite3.Connection, column: str, amount: Decimal) -> None:
 
 def _decimal_text(value: Decimal | None) -> str | None:
     return None if value is None else f"{value:f}"
+
+
+def mark_listed(connection: sqlite3.Connection, mark: Mapping[str, Any]) -> None:
+    """The sidecar files were written anew and hold every row settled up to this mark."""
+    connection.execute("UPDATE run SET listed = ?", (dumps(dict(mark)),))

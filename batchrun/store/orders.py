@@ -34,6 +34,8 @@ class Standing:
     job: str | None
     counts: Counts
     failures: tuple[tuple[State, Failure, int, int], ...]
+    #: Tasks that run at the service, as far as is known; of rows no longer in the manifest, too.
+    active: int
     #: A process began to work on the run and has not said that it ended: it lives or was killed.
     is_open: bool
     #: The length that each sidecar file ought to have, in bytes; None: they are to be written anew.
@@ -52,12 +54,16 @@ def read_standing(state: Path) -> Standing:
         behind = connection.execute(
             "SELECT EXISTS (SELECT 1 FROM rows WHERE settled > ? AND present = 1)", (mark.get("settled", 0),)
         ).fetchone()[0]
+        active = connection.execute(
+            "SELECT count(*) FROM rows WHERE state IN ('submitting', 'in_flight')"
+        ).fetchone()[0]
         is_open = connection.execute("SELECT EXISTS (SELECT 1 FROM leases WHERE ended_at IS NULL)").fetchone()
         return Standing(
             manifest=run[0] if run else None,
             job=run[1] if run else None,
             counts=read_counts(connection),
             failures=tuple(read_failures(connection, 20)),
+            active=active,
             is_open=bool(is_open[0]),
             listed_bytes=(int(mark["metadata"]), int(mark["results"])) if mark else None,
             is_behind=bool(behind),

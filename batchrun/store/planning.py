@@ -14,12 +14,15 @@ unless the user asks for the rerun.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from batchrun.model import State
 from batchrun.rules.naming import stem, stem_with_hash
 from batchrun.rules.policy import PAID_CAUSES
+from batchrun.store.changes import next_settled
+from batchrun.store.reading import read_value
 from batchrun.store.records import dumps
 
 #: Staged rows are written in groups of this many.
@@ -29,9 +32,21 @@ _STAGED = """
 CREATE TEMP TABLE staged (
     n INTEGER PRIMARY KEY, line INTEGER NOT NULL, id TEXT, content BLOB NOT NULL, own BLOB NOT NULL,
     tool INTEGER, given TEXT NOT NULL, extra TEXT NOT NULL, images INTEGER NOT NULL, cells TEXT NOT NULL,
-    message TEXT, key TEXT, own_number INTEGER, seq INTEGER, name TEXT
+    message TEXT, key TEXT, seq INTEGER, name TEXT
 )
 """
+
+
+def _texts(words: Iterable[str]) -> str:
+    return ", ".join(f"'{word}'" for word in words)
+
+
+#: States in which a row that was not paid for may ask for something else.
+_RESTING = _texts((State.PLANNED, State.FAILED, State.CANCELLED, State.INVALID))
+#: Rows that were bought: done, or failed after the service was paid.
+_PAID = (
+    f"(known.state = 'done' OR (known.state = 'failed' AND known.cause IN ({_texts(sorted(PAID_CAUSES))})))"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,25 +102,27 @@ class DuplicateId:
 
 
 class Planning:
-    """One reading of the manifest on its way into the state. Not awaited: it runs in the database's thread."""
+    """One reading of the manifest on its way into the state.
+
+    Not awaited: it runs in the database's thread.
+    """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
+        self._run = connection.execute
         self._group: list[Staged] = []
         self._tools: dict[str, int] = {}
-        connection.execute("DROP TABLE IF EXISTS staged")
-        connection.execute(_STAGED)
+        self._run("DROP TABLE IF EXISTS staged")
+        self._run(_STAGED)
         connection.create_function("row_stem", 3, stem, deterministic=True)
         connection.create_function("hashed_stem", 1, stem_with_hash, deterministic=True)
 
     def tool(self, description: str) -> int:
         """The number of a tool description (JSON text) in this run's record."""
         if description not in self._tools:
-            self.connection.execute("INSERT OR IGNORE INTO tools (description) VALUES (?)", (description,))
-            record = self.connection.execute(
-                "SELECT id FROM tools WHERE description = ?", (description,)
-            ).fetchone()
-            self._tools[description] = record[0]
+            self._run("INSERT OR IGNORE INTO tools (description) VALUES (?)", (description,))
+            query = "SELECT id FROM tools WHERE description = ?"
+            self._tools[description] = read_value(self.connection, query, (description,))
         return self._tools[description]
 
     def stage(self, row: Staged) -> None:
@@ -115,22 +132,31 @@ class Planning:
             self._flush()
 
     def _flush(self) -> None:
-        self.connection.execute("BEGIN")
-        self.connection.executemany(
-            "INSERT INTO staged (line, id, content, own, tool, given, extra, images, cells, message) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [
-                (r.line, r.id, r.content, r.own, r.tool, r.given, r.extra, r.images, r.cells, r.message)
-                for r in self._group
-            ],
-        )
-        self.connection.execute("COMMIT")
+        with self._transaction("BEGIN"):
+            self.connection.executemany(
+                "INSERT INTO staged (line, id, content, own, tool, given, extra, images, cells, message) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (r.line, r.id, r.content, r.own, r.tool, r.given, r.extra, r.images, r.cells, r.message)
+                    for r in self._group
+                ],
+            )
         self._group.clear()
+
+    @contextmanager
+    def _transaction(self, begin: str) -> Iterator[None]:
+        self._run(begin)
+        try:
+            yield
+        except BaseException:
+            self._run("ROLLBACK")
+            raise
+        self._run("COMMIT")
 
     def duplicates(self) -> list[DuplicateId]:
         """Ids that stand on more than one line, each later line once."""
         self._flush()
-        records = self.connection.execute(
+        records = self._run(
             "SELECT id, line, first FROM (SELECT id, line, row_number() OVER same AS number, "
             "first_value(line) OVER same AS first FROM staged WHERE id IS NOT NULL "
             "WINDOW same AS (PARTITION BY id ORDER BY n)) WHERE number > 1 ORDER BY line"
@@ -138,18 +164,12 @@ class Planning:
         return [DuplicateId(*record) for record in records]
 
     def summary(self) -> tuple[int, int, dict[int, int], int]:
-        """Requests, expected images, requests by tool number, and how many repeat an earlier one's content."""
+        """Requests, expected images, requests by tool number, and how many repeat an earlier content."""
         self._flush()
-        rows, images = self.connection.execute(
-            "SELECT count(*), coalesce(sum(images), 0) FROM staged"
-        ).fetchone()
-        by_tool = dict(
-            self.connection.execute(
-                "SELECT tool, count(*) FROM staged WHERE tool IS NOT NULL GROUP BY tool"
-            ).fetchall()
-        )
-        distinct = self.connection.execute("SELECT count(DISTINCT content) FROM staged").fetchone()[0]
-        return rows, images, by_tool, rows - distinct
+        rows, images = self._run("SELECT count(*), coalesce(sum(images), 0) FROM staged").fetchone()
+        by_tool = self._run("SELECT tool, count(*) FROM staged WHERE tool IS NOT NULL GROUP BY tool")
+        distinct = read_value(self.connection, "SELECT count(DISTINCT content) FROM staged")
+        return rows, images, dict(by_tool.fetchall()), rows - distinct
 
     def merge(
         self, *, manifest: str, job: str, at: float, stamp: str, form: str, rerun_changed: bool
@@ -158,193 +178,196 @@ class Planning:
 
         The stamp is kept only when nothing is left to be told at the next start.
         """
-        self._flush()
-        connection = self.connection
         identical = self.summary()[3]
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            connection.execute(
+        with self._transaction("BEGIN IMMEDIATE"):
+            self._run(
                 "INSERT OR IGNORE INTO run (id, manifest, created_at, job) VALUES (1, ?, ?, ?)",
                 (manifest, at, job),
             )
             self._number()
             self._match()
             merged = self._apply(rerun_changed=rerun_changed, identical=identical)
-            connection.execute(
+            self._run(
                 "UPDATE run SET manifest = ?, job = ?, stamp = ?, form = ?",
                 (manifest, job, "" if merged.changed else stamp, form),
             )
-        except BaseException:
-            connection.execute("ROLLBACK")
-            raise
-        connection.execute("COMMIT")
-        connection.execute("DROP TABLE staged")
+        self.abandon()
         return merged
 
     def abandon(self) -> None:
         """Forget what was staged."""
-        self.connection.execute("DROP TABLE IF EXISTS staged")
+        self._run("DROP TABLE IF EXISTS staged")
+
+    # --- which row is which -------------------------------------------------------------------------
 
     def _number(self) -> None:
         """Give every staged row its key; identical rows are distinct pictures and are numbered."""
-        run = self.connection.execute
-        run("UPDATE staged SET key = 'id:' || id WHERE id IS NOT NULL")
-        run(
-            "UPDATE staged SET key = lower(hex(staged.content)) || '.' || numbered.number, "
-            "own_number = numbered.own_number FROM (SELECT n, row_number() OVER (PARTITION BY content ORDER BY n) AS number, "
-            "row_number() OVER (PARTITION BY own ORDER BY n) AS own_number FROM staged WHERE id IS NULL) AS numbered "
-            "WHERE numbered.n = staged.n"
+        self._run("UPDATE staged SET key = 'id:' || id WHERE id IS NOT NULL")
+        self._run(
+            "UPDATE staged SET key = lower(hex(staged.content)) || '.' || numbered.number FROM "
+            "(SELECT n, row_number() OVER (PARTITION BY content ORDER BY n) AS number "
+            "FROM staged WHERE id IS NULL) AS numbered WHERE numbered.n = staged.n"
         )
-        run("CREATE UNIQUE INDEX temp.staged_key ON staged (key)")
+        self._run("CREATE UNIQUE INDEX temp.staged_key ON staged (key)")
 
     def _match(self) -> None:
         """Find the known row of every staged one."""
-        run = self.connection.execute
-        run("UPDATE staged SET seq = rows.seq FROM main.rows AS rows WHERE rows.key = staged.key")
+        run = self._run
+        run("UPDATE staged SET seq = known.seq FROM main.rows AS known WHERE known.key = staged.key")
+        # the others without an id: pair what the rows themselves give, in order
         run(
-            "CREATE TEMP TABLE orphans AS SELECT seq, own, row_number() OVER (PARTITION BY own ORDER BY seq) AS number "
-            "FROM main.rows WHERE id IS NULL AND present = 1 AND NOT EXISTS "
-            "(SELECT 1 FROM staged WHERE staged.seq = main.rows.seq)"
-        )
-        run(
-            "CREATE TEMP TABLE strays AS SELECT n, own, row_number() OVER (PARTITION BY own ORDER BY n) AS number "
-            "FROM staged WHERE id IS NULL AND seq IS NULL"
+            "CREATE TEMP TABLE orphans AS SELECT seq, own, "
+            "row_number() OVER (PARTITION BY own ORDER BY seq) AS number "
+            "FROM main.rows AS known WHERE id IS NULL AND present = 1 "
+            "AND NOT EXISTS (SELECT 1 FROM staged WHERE staged.seq = known.seq)"
         )
         run("CREATE INDEX temp.orphans_own ON orphans (own, number)")
         run(
-            "UPDATE staged SET seq = pairs.seq FROM (SELECT strays.n AS n, orphans.seq AS seq FROM strays "
-            "JOIN orphans ON orphans.own = strays.own AND orphans.number = strays.number) AS pairs WHERE pairs.n = staged.n"
+            "UPDATE staged SET seq = orphans.seq FROM orphans, "
+            "(SELECT n, own, row_number() OVER (PARTITION BY own ORDER BY n) AS number "
+            "FROM staged WHERE id IS NULL AND seq IS NULL) AS strays "
+            "WHERE strays.n = staged.n AND orphans.own = strays.own AND orphans.number = strays.number"
         )
         run("DROP TABLE orphans")
-        run("DROP TABLE strays")
         run("CREATE UNIQUE INDEX temp.staged_seq ON staged (seq) WHERE seq IS NOT NULL")
 
+    # --- what becomes of it -------------------------------------------------------------------------
+
     def _apply(self, *, rerun_changed: bool, identical: int) -> Merged:
-        run = self.connection.execute
-        before = run("SELECT count(*) FROM main.rows WHERE present = 1").fetchone()[0]
-        gone = run(
-            "UPDATE main.rows SET present = 0 WHERE present = 1 AND NOT EXISTS "
-            "(SELECT 1 FROM staged WHERE staged.seq = main.rows.seq)"
-        ).rowcount
-        moved = run(
-            "UPDATE main.rows SET line = staged.line, extra = staged.extra, present = 1 FROM staged "
-            "WHERE staged.seq = main.rows.seq AND (main.rows.line <> staged.line OR main.rows.extra <> staged.extra "
-            "OR main.rows.present = 0)"
-        ).rowcount
-        open_states = _texts((State.PLANNED, State.FAILED, State.CANCELLED, State.INVALID))
-        differs = "staged.seq = main.rows.seq AND (main.rows.content <> staged.content OR (main.rows.state = 'invalid') <> (staged.message IS NOT NULL))"
-        # a failed row whose images were paid for counts as bought
-        paid = f"(main.rows.state = 'done' OR (main.rows.state = 'failed' AND main.rows.cause IN ({_texts(PAID_CAUSES)})))"
-        replaced = run(
-            f"SELECT main.rows.seq FROM main.rows JOIN staged ON {differs} "
-            f"WHERE main.rows.state IN ({open_states}) AND NOT {paid}"
-        ).fetchall()
-        bought = run(f"SELECT main.rows.seq FROM main.rows JOIN staged ON {differs} WHERE {paid}").fetchall()
-        underway = run(
-            f"SELECT count(*) FROM main.rows JOIN staged ON {differs} WHERE main.rows.state NOT IN ({open_states}, 'done')"
-        ).fetchone()[0]
-        for (seq,) in replaced:
+        gone = self._leave_out()
+        moved = self._move()
+        replaced = self._differing(f"NOT {_PAID} AND known.state IN ({_RESTING})")
+        bought = self._differing(_PAID)
+        # what is invalid now cannot be bought: the images stay
+        rerun = self._differing(f"{_PAID} AND staged.message IS NULL") if rerun_changed else []
+        underway = self._differing(f"NOT {_PAID} AND known.state NOT IN ({_RESTING})")
+        for seq in (*replaced, *rerun):
             self._replace(seq)
-        if rerun_changed:
-            for (seq,) in bought:
-                self._replace(seq)
         new = self._insert()
-        run(
-            "UPDATE main.sources SET cells = staged.cells FROM staged WHERE staged.seq = main.sources.row "
-            "AND main.sources.cells <> staged.cells"
+        self._run(
+            "UPDATE main.sources AS old SET cells = staged.cells FROM staged "
+            "WHERE staged.seq = old.row AND old.cells <> staged.cells"
         )
         self._recount()
-        if gone or moved or replaced or (bought and rerun_changed):
+        if gone or moved or replaced or rerun:
             # what the sidecar files say of lines, extras and rows is not true any more
-            run("UPDATE run SET listed = '{}'")
-        rows, images = run(
-            "SELECT count(*), coalesce(sum(images), 0) FROM main.rows WHERE present = 1"
+            self._run("UPDATE run SET listed = '{}'")
+        rows, images, invalid = self._run(
+            "SELECT count(*), coalesce(sum(images), 0), coalesce(sum(state = 'invalid'), 0) "
+            "FROM main.rows WHERE present = 1"
         ).fetchone()
         return Merged(
             rows=rows,
             images=images,
-            new=new if before else rows,
+            new=new,
             replaced=len(replaced),
-            changed=underway + (0 if rerun_changed else len(bought)),
-            rerun=len(bought) if rerun_changed else 0,
+            changed=len(underway) + len(bought) - len(rerun),
+            rerun=len(rerun),
             gone=gone,
-            invalid=run("SELECT count(*) FROM main.rows WHERE present = 1 AND state = 'invalid'").fetchone()[
-                0
-            ],
+            invalid=invalid,
             identical=identical,
-            by_tool={
-                run_path: (count, expected)
-                for run_path, count, expected in run(
-                    "SELECT json_extract(tools.description, '$.run_path'), count(*), sum(images) FROM main.rows "
-                    "JOIN tools ON tools.id = main.rows.tool WHERE present = 1 AND state = 'planned' GROUP BY 1"
-                )
-            },
+            by_tool=self._planned_by_tool(),
         )
+
+    def _leave_out(self) -> int:
+        """Rows that are not in the manifest any more stay as they are, uncounted."""
+        return self._run(
+            "UPDATE main.rows AS known SET present = 0 WHERE present = 1 "
+            "AND NOT EXISTS (SELECT 1 FROM staged WHERE staged.seq = known.seq)"
+        ).rowcount
+
+    def _move(self) -> int:
+        """Known rows take the place, and what they carry, from this reading; returns how many changed."""
+        self._run(
+            # a value may have moved between --set and a column: the same request, given otherwise
+            "UPDATE main.rows AS known SET own = staged.own FROM staged WHERE staged.seq = known.seq "
+            "AND known.content = staged.content AND known.own <> staged.own"
+        )
+        return self._run(
+            "UPDATE main.rows AS known SET line = staged.line, extra = staged.extra, present = 1 FROM staged "
+            "WHERE staged.seq = known.seq "
+            "AND (known.line <> staged.line OR known.extra <> staged.extra OR known.present = 0)"
+        ).rowcount
+
+    def _differing(self, condition: str) -> list[int]:
+        """Known rows that now ask for something else, or became valid or invalid."""
+        records = self._run(
+            "SELECT known.seq FROM main.rows AS known JOIN staged ON staged.seq = known.seq "
+            "WHERE (known.content <> staged.content "
+            "OR (known.state = 'invalid') <> (staged.message IS NOT NULL)) "
+            f"AND {condition} ORDER BY known.seq"
+        )
+        return [seq for (seq,) in records]
 
     def _replace(self, seq: int) -> None:
         """The row asks for something else from now on; its file name stays."""
-        invalid = self.connection.execute("SELECT message FROM staged WHERE seq = ?", (seq,)).fetchone()[0]
-        state = State.INVALID if invalid is not None else State.PLANNED
-        self.connection.execute(
-            "UPDATE main.rows SET key = staged.key, content = staged.content, own = staged.own, tool = staged.tool, "
-            "given = staged.given, images = staged.images, state = ?, attempts = 0, generation = generation + 1, "
-            "settled = ?, cause = ?, message = staged.message FROM staged WHERE staged.seq = main.rows.seq AND main.rows.seq = ?",
+        query = "SELECT message FROM staged WHERE seq = ?"
+        invalid = read_value(self.connection, query, (seq,)) is not None
+        self._run(
+            "UPDATE main.rows AS known SET key = staged.key, content = staged.content, own = staged.own, "
+            "tool = staged.tool, given = staged.given, images = staged.images, attempts = 0, "
+            "generation = generation + 1, state = ?, settled = ?, cause = ?, message = staged.message "
+            "FROM staged WHERE staged.seq = known.seq AND known.seq = ?",
             (
-                state,
-                self._settled() if invalid is not None else None,
-                "invalid row" if invalid is not None else None,
+                State.INVALID if invalid else State.PLANNED,
+                next_settled(self.connection) if invalid else None,
+                "invalid row" if invalid else None,
                 seq,
             ),
         )
 
     def _insert(self) -> int:
         """Add the rows not known yet, under file names that no other row has on any file system."""
-        run = self.connection.execute
+        run = self._run
         run("UPDATE staged SET name = row_stem(id, line, key) WHERE seq IS NULL")
         run("CREATE INDEX temp.staged_name ON staged (name COLLATE NOCASE) WHERE name IS NOT NULL")
         run(
             "UPDATE staged SET name = hashed_stem(coalesce(id, key)) WHERE seq IS NULL AND ("
-            "EXISTS (SELECT 1 FROM main.rows AS known WHERE known.name = staged.name COLLATE NOCASE) OR "
-            "EXISTS (SELECT 1 FROM staged AS other WHERE other.name = staged.name COLLATE NOCASE AND other.n < staged.n))"
+            "EXISTS (SELECT 1 FROM main.rows AS known WHERE known.name = staged.name COLLATE NOCASE) "
+            "OR EXISTS (SELECT 1 FROM staged AS other "
+            "WHERE other.name = staged.name COLLATE NOCASE AND other.n < staged.n))"
         )
-        first = run("SELECT coalesce(max(seq), 0) FROM main.rows").fetchone()[0]
+        first = read_value(self.connection, "SELECT coalesce(max(seq), 0) FROM main.rows")
         new = run(
-            "INSERT INTO main.rows (seq, key, content, own, id, line, name, tool, given, extra, images, state, cause, message) "
-            "SELECT ? + row_number() OVER (ORDER BY n), key, content, own, id, line, name, tool, given, extra, images, "
-            "iif(message IS NULL, 'planned', 'invalid'), iif(message IS NULL, NULL, 'invalid row'), message "
-            "FROM staged WHERE seq IS NULL ORDER BY n",
+            "INSERT INTO main.rows (seq, key, content, own, id, line, name, tool, given, extra, images, "
+            "state, cause, message) "
+            "SELECT ? + row_number() OVER (ORDER BY n), key, content, own, id, line, name, tool, given, "
+            "extra, images, iif(message IS NULL, 'planned', 'invalid'), "
+            "iif(message IS NULL, NULL, 'invalid row'), message FROM staged WHERE seq IS NULL ORDER BY n",
             (first,),
         ).rowcount
         run(
-            "INSERT INTO main.sources (row, cells) SELECT main.rows.seq, staged.cells FROM staged "
-            "JOIN main.rows ON main.rows.key = staged.key WHERE staged.seq IS NULL ORDER BY main.rows.seq"
+            "INSERT INTO main.sources (row, cells) SELECT known.seq, staged.cells FROM staged "
+            "JOIN main.rows AS known ON known.key = staged.key WHERE staged.seq IS NULL ORDER BY known.seq"
         )
         for (seq,) in run(
             "SELECT seq FROM main.rows WHERE state = 'invalid' AND settled IS NULL ORDER BY seq"
         ).fetchall():
-            run("UPDATE main.rows SET settled = ? WHERE seq = ?", (self._settled(), seq))
+            run("UPDATE main.rows SET settled = ? WHERE seq = ?", (next_settled(self.connection), seq))
         return new
 
-    def _settled(self) -> int:
-        return int(
-            self.connection.execute("UPDATE run SET settled = settled + 1 RETURNING settled").fetchone()[0]
-        )
+    # --- what is counted ----------------------------------------------------------------------------
 
     def _recount(self) -> None:
-        run = self.connection.execute
-        run("DELETE FROM counts")
-        run(
-            "INSERT INTO counts (state, rows) SELECT state, count(*) FROM main.rows WHERE present = 1 GROUP BY state"
+        self._run("DELETE FROM counts")
+        self._run(
+            "INSERT INTO counts (state, rows) "
+            "SELECT state, count(*) FROM main.rows WHERE present = 1 GROUP BY state"
         )
-        run(
-            "UPDATE totals SET (images, bytes) = (SELECT count(*), coalesce(sum(outputs.size_bytes), 0) FROM outputs "
-            "JOIN main.rows ON main.rows.seq = outputs.row AND main.rows.generation = outputs.generation "
-            "WHERE main.rows.present = 1 AND main.rows.state = 'done' AND outputs.state = 'saved')"
+        self._run(
+            "UPDATE totals SET (images, bytes) = (SELECT count(*), coalesce(sum(outputs.size_bytes), 0) "
+            "FROM outputs JOIN main.rows AS known "
+            "ON known.seq = outputs.row AND known.generation = outputs.generation "
+            "WHERE known.present = 1 AND known.state = 'done' AND outputs.state = 'saved')"
         )
 
-
-def _texts(words: Iterable[str]) -> str:
-    return ", ".join(f"'{word}'" for word in words)
+    def _planned_by_tool(self) -> dict[str, tuple[int, int]]:
+        records = self._run(
+            "SELECT json_extract(tools.description, '$.run_path'), count(*), sum(images) "
+            "FROM main.rows AS known JOIN tools ON tools.id = known.tool "
+            "WHERE present = 1 AND state = 'planned' GROUP BY 1"
+        )
+        return {run_path: (rows, images) for run_path, rows, images in records}
 
 
 def form_json(*, format: str, delimiter: str | None, columns: Sequence[str] | None) -> str:

@@ -17,7 +17,8 @@ ATTEMPT_COLUMNS = (
     "number, task_id, token, intent_at, intent_server_at, after_task, status, pexit, cost_usd, error, seconds"
 )
 OUTPUT_COLUMNS = (
-    "number, url, name, content_type, declared_bytes, path, sha256, size_bytes, media_type, width_px, height_px"
+    "number, url, name, content_type, declared_bytes, "
+    "path, sha256, size_bytes, media_type, width_px, height_px"
 )
 
 

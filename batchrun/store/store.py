@@ -527,10 +527,15 @@ class Store:
         """The watermark of the sidecar files: {} when they are to be built anew."""
         return await self._read(lambda connection: reading.read_json(connection, "listed"))
 
-    async def set_listing_mark(self, mark: Mapping[str, Any]) -> None:
-        """The sidecar files hold every row settled up to this mark."""
-        text = dumps(dict(mark))
-        await self._write(lambda connection: connection.execute("UPDATE run SET listed = ?", (text,)))
+    async def set_listing_mark(self, mark: Mapping[str, Any], *, instead_of: Mapping[str, Any]) -> bool:
+        """The sidecar files hold every row settled up to this mark; False, and no change, when the mark is not
+        `instead_of` any more: something they tell is not true now, and they are to be built anew."""
+        texts = dumps(dict(mark)), dumps(dict(instead_of))
+
+        def verb(connection: sqlite3.Connection) -> bool:
+            return bool(connection.execute("UPDATE run SET listed = ? WHERE listed = ?", texts).rowcount)
+
+        return await self._write(verb)
 
     async def settled_after(self, settled: int, *, limit: int) -> list[Settled]:
         """Rows settled after that number, in order of settling."""

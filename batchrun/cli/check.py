@@ -1,0 +1,76 @@
+"""`batchrun check`: what a manifest comes to, and everything that is wrong with it; nothing is sent."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from batchrun.cli.options import job_of, reading_options, working_options
+
+if TYPE_CHECKING:
+    from batchrun.api import Checked
+
+
+@click.command(short_help="Validate and count a manifest; nothing is sent.")
+@click.argument("job", metavar="JOB")
+@reading_options
+@working_options
+@click.option("--json", "as_json", is_flag=True, help="Tell it as JSON, with all errors.")
+def check(job: str, as_json: bool, **values: Any) -> int:
+    """Read JOB (a manifest, "-" or a job file) to the end: count its rows per tool and the images to
+    expect, and tell every error, warning and hint.
+
+    Nothing is sent, no keys are needed and nothing is left behind. It takes the options of `run`, so that one
+    command line serves for both. Exit code: 0 ready to run, 2 wrong arguments or manifest.
+    """
+    from batchrun.cli.problems import EXIT_USAGE, telling_errors
+
+    with telling_errors(as_json=as_json):
+        made = job_of(job, values)
+        from batchrun.api import check as check_job
+
+        checked = check_job(made)
+    found = checked.findings
+    is_ready = not found.fatal and (not found.error_count or made.skip_invalid)
+    if as_json:
+        print(json.dumps(_to_json(checked)))
+    else:
+        _tell(checked)
+    return 0 if is_ready else EXIT_USAGE
+
+
+def _to_json(checked: Checked) -> dict[str, Any]:
+    from batchrun.report.opening import to_json
+
+    found = checked.findings
+    return {
+        "rows": checked.rows,
+        "images": checked.images,
+        "tools": checked.tools,
+        "errors": to_json(found.errors),
+        "warnings": to_json(found.warnings),
+        "hints": to_json(found.hints),
+    }
+
+
+def _tell(checked: Checked) -> None:
+    from batchrun.report.opening import errors, remarks
+    from batchrun.report.talk import Talk
+    from batchrun.report.words import count, plain
+
+    talk, faults = Talk(sys.stdout), Talk(sys.stderr)
+    found = checked.findings
+    for text, style in errors(found.errors, total=found.error_count):
+        faults.say(text, style)
+    talk.say(f"{count(checked.rows, 'row')}, {count(checked.images, 'image')} to expect", "bold")
+    for slug, rows in checked.tools.items():
+        talk.say(f"  {plain(slug)}: {count(rows, 'row')}")
+    for text, style in remarks(found):
+        talk.say(text, style)
+    if found.error_count:
+        talk.say(f"{count(found.error_count, 'error')}: nothing would be sent", "bold red")
+    else:
+        talk.say("ready to run", "bold green")

@@ -1,0 +1,283 @@
+"""Submitting a row, and finding out what became of a submit whose answer is lost.
+
+The order around money is always: record the intent, send, record the answer. A submit that may have made a
+task is never sent again to be safe: it is looked up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from hashlib import sha256
+from random import Random
+from typing import Protocol
+
+import anyio
+
+from batchrun import errors
+from batchrun.dispatch.doubts import Doubts
+from batchrun.dispatch.limits import Gate, Slot, Slots
+from batchrun.dispatch.stopping import StopSign
+from batchrun.dispatch.uploads import Uploads
+from batchrun.model import Accepted, Failure, Row, State, Value
+from batchrun.progress import Fact, Progress
+from batchrun.rules.policy import (
+    UNREACHABLE,
+    Doubt,
+    Fail,
+    Pause,
+    Retry,
+    Stop,
+    SubmitDecision,
+    WaitForSlot,
+    after_submit,
+)
+from batchrun.rules.recovery import Absent, Adopt, Hold
+from batchrun.rules.recovery import Doubt as LostSubmit
+from batchrun.store.records import dumps
+from batchrun.store.store import Intent, Store
+from batchrun.tools.bind import Binder
+
+#: A doubtful submit's task may be active this long while the tool's usual time is not known.
+UNKNOWN_TIME_S = 60.0
+
+
+class Submitting(Protocol):
+    """What submitting needs of the service's client."""
+
+    async def submit(self, run_path: str, body: Mapping[str, Value]) -> Accepted:
+        """Ask for a task. Not idempotent: costs money."""
+        ...
+
+    def server_now(self) -> float | None:
+        """The service's time in unix seconds, None when it is not known."""
+        ...
+
+
+class Submitter:
+    """Takes a row from planned or doubtful to in flight, failed, or held."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        service: Submitting,
+        doubts: Doubts,
+        uploads: Uploads,
+        slots: Slots,
+        gate: Gate,
+        sign: StopSign,
+        progress: Progress,
+        binder_of: Callable[[int], Awaitable[Binder]],
+        usual_time_s: Callable[[int], float | None],
+        give_up_doubt: Callable[[Row], bool],
+        rng: Random,
+    ) -> None:
+        #: The newest task id known, None when none is.
+        self.newest_task: int | None = None
+        self._store = store
+        self._service = service
+        self._doubts = doubts
+        self._uploads = uploads
+        self._slots = slots
+        self._gate = gate
+        self._sign = sign
+        self._progress = progress
+        self._binder_of = binder_of
+        self._usual_time_s = usual_time_s
+        self._give_up_doubt = give_up_doubt
+        self._rng = rng
+        #: Submits under way, by what they ask for.
+        self._under_way: Counter[bytes] = Counter()
+        #: When a doubtful submit can last have been running, in monotonic seconds.
+        self._lost_at: dict[int, float] = {}
+        #: How often a row's submit was refused in a row, and since when.
+        self._refusals: dict[int, tuple[int, float]] = {}
+        #: Tools the service says it does not have; None until a second answer confirms it.
+        self._missing_tools: dict[int, Failure | None] = {}
+
+    # --- a planned row --------------------------------------------------------------------------------
+
+    async def submit(self, row: Row, slot: Slot) -> Row | None:
+        """Submit the row once there is a slot and the service is well; None when the run stops before."""
+        slot.give()  # a row that tries again queues again
+        gone = self._missing_tools.get(row.tool)
+        if gone is not None:
+            return await self._reject(row, gone)
+        binder = await self._binder_of(row.tool)
+        with self._sign.wait() as waiting:
+            await slot.take()
+            body = await self._body(row, binder)
+        if waiting.cancelled_caught:
+            return None
+        if isinstance(body, Failure):
+            return await self._reject(row, body)
+        with self._sign.wait() as waiting:
+            probe = await self._gate.pass_through()
+        if waiting.cancelled_caught:
+            return None
+        return await self._send(row, slot, binder.tool.run_path, body, probe=probe)
+
+    async def _send(
+        self, row: Row, slot: Slot, run_path: str, body: dict[str, Value], *, probe: bool
+    ) -> Row | None:
+        """Record the intent, send, record the answer."""
+        asked_for = _print_of(body)
+        self._under_way[asked_for] += 1
+        try:
+            row = await self._store.record_intent(
+                Intent(row.seq, time.time(), self._service.server_now(), self.newest_task)
+            )
+            self._progress.announce(Fact.INTENT, row)
+            accepted = await self._service.submit(run_path, body)
+            self._progress.announce(Fact.ACCEPTED, row, task=accepted.task_id)
+            with anyio.CancelScope(shield=True):  # what was answered is recorded, whatever else happens
+                after = await self._store.record_accepted(row.seq, accepted, at=time.time())
+        except errors.ServiceError as error:
+            return await self._refused(row, slot, error, probe=probe)
+        except BaseException:
+            self._gate.unsure(probe=probe)
+            raise
+        finally:
+            self._under_way[asked_for] -= 1
+        self._accepted(row, accepted)
+        return after
+
+    def _accepted(self, row: Row, accepted: Accepted) -> None:
+        self._gate.open()
+        self._slots.accepted()
+        self._missing_tools.pop(row.tool, None)
+        self._refusals.pop(row.seq, None)
+        if accepted.task_id.isdecimal():
+            self.newest_task = max(self.newest_task or 0, int(accepted.task_id))
+        self._progress.announce(Fact.IN_FLIGHT, row, task=accepted.task_id)
+
+    async def _refused(self, row: Row, slot: Slot, error: errors.ServiceError, *, probe: bool) -> Row | None:
+        """Do what the policy says after a submit that was not accepted."""
+        now = anyio.current_time()
+        tries, since = self._refusals.get(row.seq, (0, now))
+        decision = after_submit(error, refused_for_s=now - since, tries=tries + 1, rng=self._rng)
+        if isinstance(decision, Doubt):
+            self._gate.trouble(UNREACHABLE, probe=probe)
+            self._lost_at[row.seq] = now
+            self._progress.announce(Fact.DOUBT, row, message=decision.reason)
+            return await self._store.record_doubt(row.seq, decision.reason)
+        if isinstance(decision, Fail) and self._is_confirmed(row, decision):
+            self._gate.open()
+            return await self._reject(row, decision.failure)
+        row = await self._store.withdraw(row.seq)
+        self._progress.announce(Fact.WITHDRAWN, row, message=str(error))
+        self._refusals[row.seq] = (tries + 1, since)
+        wait_s = await self._learn(decision, probe=probe)
+        if wait_s:
+            slot.give()
+            with self._sign.wait():
+                await anyio.sleep(wait_s)
+        return row if self._sign.reason is None else None
+
+    def _is_confirmed(self, row: Row, decision: Fail) -> bool:
+        """A tool that is missing is missing only once a second answer says so."""
+        if not decision.whole_tool:
+            return True
+        confirmed = row.tool in self._missing_tools
+        self._missing_tools[row.tool] = decision.failure if confirmed else None
+        return confirmed
+
+    async def _learn(self, decision: SubmitDecision, *, probe: bool) -> float:
+        """Let every row know what a refusal says of the service; returns this row's own wait in seconds."""
+        match decision:
+            case WaitForSlot():
+                self._gate.open()
+                self._slots.refused(decision.limit)
+                await self._store.adopt_limit(decision.limit)
+                self._progress.announce(Fact.LIMIT, limit=self._slots.limit, told=decision.limit)
+            case Pause(reason=reason) if reason == UNREACHABLE:
+                self._gate.trouble(reason, probe=probe)
+                return self._rng.uniform(0.1, 1.0)
+            case Pause():
+                self._gate.shut(decision.reason, probe=probe, after_s=decision.after_s)
+            case Stop():
+                self._gate.unsure(probe=probe)
+                self._sign.stop(decision.reason)
+            case Retry():
+                self._gate.open()
+                return decision.after_s
+            case _:
+                self._gate.open()
+                return 2.0
+        return 0.0
+
+    async def _reject(self, row: Row, failure: Failure) -> Row:
+        after = await self._store.record_rejected(row.seq, failure)
+        self._progress.announce(Fact.FAILED, row, cause=failure.cause, message=failure.message)
+        return after
+
+    async def _body(self, row: Row, binder: Binder) -> dict[str, Value] | Failure:
+        """What is sent for a row; its local images are uploaded first."""
+        try:
+            uploads = await self._uploads.addresses(row.given)
+        except (errors.RequestRejected, errors.NotFound, errors.UsageError) as error:
+            return Failure("input image", str(error))
+        return binder.body(row.given, uploads=uploads, seed_key=row.key)
+
+    # --- a doubtful row ---------------------------------------------------------------------------------
+
+    async def look_up(self, row: Row, slot: Slot) -> Row | None:
+        """Find out what became of the row's submit; None when that cannot be known, or the run stops."""
+        if row.state is State.SUBMITTING:  # its process is dead; its bytes may still be on their way
+            reason = "the process ended while it was submitting"
+            self._progress.announce(Fact.DOUBT, row, message=reason)
+            return await self._store.record_doubt(row.seq, reason)
+        slot.take_anyway()
+        answer: Adopt | Absent | Hold | Failure
+        with self._sign.wait() as waiting:
+            body = await self._body(row, await self._binder_of(row.tool))
+            answer = body if isinstance(body, Failure) else await self._settle(row, slot, body)
+        if waiting.cancelled_caught:
+            return None
+        match answer:
+            case Adopt(task=task):
+                self._progress.announce(Fact.ADOPTED, row, task=task.id)
+                accepted = Accepted(task.id, task.token)
+                return await self._store.record_accepted(row.seq, accepted, at=time.time(), adopted=True)
+            case Absent():
+                self._progress.announce(Fact.ABSENT, row)
+                return await self._store.record_absent(row.seq)
+        if self._give_up_doubt(row):
+            return await self._store.give_up_doubt(row.seq)
+        reason = answer.reason if isinstance(answer, Hold) else answer.message
+        message = f"a submit may have reached the service: {reason}"
+        await self._store.hold(row.seq, Failure("in doubt", message))
+        self._progress.announce(Fact.HELD, row, message=reason)
+        return None
+
+    async def _settle(self, row: Row, slot: Slot, body: Mapping[str, Value]) -> Adopt | Absent | Hold:
+        """Look the submit up; its slot is held only while its task, if there is one, may be active."""
+        lost_at = self._lost_at.setdefault(row.seq, anyio.current_time())
+
+        async def give_in_time() -> None:
+            usual_s = self._usual_time_s(row.tool)
+            await anyio.sleep(2 * usual_s if usual_s is not None else UNKNOWN_TIME_S)
+            slot.give()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(give_in_time)
+            answer = await self._doubts.settle(
+                _lost_submit(row, body),
+                lost_at=lost_at,
+                busy=lambda: self._under_way[_print_of(body)] > 0,
+            )
+            group.cancel_scope.cancel()
+        return answer
+
+
+def _lost_submit(row: Row, body: Mapping[str, Value]) -> LostSubmit:
+    attempt = row.attempt
+    assert attempt is not None
+    given = [name for name in row.given if name in body]
+    return LostSubmit(body, given, attempt.after_task, attempt.intent_server_at)
+
+
+def _print_of(body: Mapping[str, Value]) -> bytes:
+    return sha256(dumps(dict(body)).encode("utf-8", "surrogatepass")).digest()
