@@ -106,13 +106,17 @@ class running:  # noqa: N801  it is used as a verb: `async with running(job)`
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         assert self._group is not None
-        if kind is not None:
+        if isinstance(error, anyio.get_cancelled_exc_class()):
+            return await self._group.__aexit__(kind, error, trace)
+        if error is not None:
             self._group.cancel_scope.cancel()
-        elif not self._ended.is_set():
+        else:
             self.stop()
-        suppressed = await self._group.__aexit__(kind, error, trace)
-        self._raise_fault()
-        return suppressed
+        # an error of the block's own is raised as itself, not as one of a group
+        await self._group.__aexit__(None, None, None)
+        if error is None:
+            self._raise_fault()
+        return None
 
     async def __aiter__(self) -> AsyncIterator[Progress]:
         """The Progress about every `every_s` seconds, and once more at the end."""

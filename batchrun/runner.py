@@ -130,6 +130,13 @@ class Runner:
         elif self._early is not None:
             self._early.cancel()
 
+    def cancel_all(self) -> None:
+        """Stop, and cancel what runs at the service."""
+        if self._dispatcher is not None:
+            self._dispatcher.cancel_all()
+        else:
+            self.stop("cancelled by order")
+
     def abort(self) -> None:
         """Leave at once; the state is intact."""
         self._stopped = self._stopped or "stopped at once"

@@ -103,6 +103,7 @@ class Doubts:
         """Read the listing while there are doubts, until cancelled."""
         while True:
             if not self._cases:
+                self._failing_since = None
                 self._woken = anyio.Event()
                 await self._woken.wait()
             await anyio.sleep(await self._round(list(self._cases)))
@@ -118,7 +119,8 @@ class Doubts:
             return BETWEEN_S
         except errors.ServiceError as error:
             self._unreadable(cases, begun_at, error)
-            return max(BETWEEN_S, getattr(error, "retry_after_s", None) or 0.0)
+            asked_s = getattr(error, "retry_after_s", None) or 0.0
+            return min(max(BETWEEN_S, asked_s), LISTING_PATIENCE_S)
         self._failing_since = None
         wait_s = BETWEEN_S
         claimed = set(listing.claimed)

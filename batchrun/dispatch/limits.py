@@ -19,6 +19,8 @@ FIRST_LIMIT = 8
 PROBE_S = (1.0, 60.0)
 #: So many submits in a row without a sound answer, over all rows, are an outage.
 OUTAGE = 4
+#: A wait that the service asks for is believed up to this long.
+MAX_ASKED_S = 3600.0
 #: Waiters look at the clock this often: a probe or a reopening may be due.
 LOOK_S = 0.5
 
@@ -30,7 +32,7 @@ class Slots:
         self, *, fixed: int | None, ceiling: int, known: int | None = None, rng: Random | None = None
     ) -> None:
         self.ceiling = fixed or ceiling
-        self.limit = min(self.ceiling, fixed or max(known or 0, FIRST_LIMIT))
+        self.limit = min(self.ceiling, fixed or known or FIRST_LIMIT)
         self.in_use = 0
         self._refusals = 0
         #: Until the first refusal the limit grows with every task accepted.
@@ -151,9 +153,12 @@ class Gate:
         #: Monotonic seconds since when they wait.
         self.since = 0.0
         self._until = 0.0
+        #: Until when the service itself asked us to wait.
+        self._asked_until = 0.0
         self._troubles = 0
         self._in_a_row = 0
-        self._probing = False
+        #: Whose turn it is to try; None: nobody's yet.
+        self._prober: object | None = None
         self._changed = anyio.Event()
         self._rng = rng or Random()
 
@@ -162,26 +167,30 @@ class Gate:
 
         The caller then says what came of it: `open`, `shut` or `unsure`, with that answer as `probe`.
         """
+        me = object()
         while self.reason is not None:
-            if self._probing:
-                await self._changed.wait()
-                continue
-            self._probing = True
+            if self._prober is None:
+                self._prober = me
+            due_at = self._until if self._prober is me else float("inf")
+            if due_at <= anyio.current_time():
+                return True
             try:
-                while anyio.current_time() < self._until:  # noqa: ASYNC110  another refusal may move it
-                    await anyio.sleep_until(self._until)
+                with anyio.move_on_at(due_at):
+                    await self._changed.wait()
             except BaseException:
-                self.unsure(probe=True)
+                self.unsure(probe=self._prober is me)
                 raise
-            return True
         return False
 
     def open(self) -> None:
-        """The service answered as it should."""
-        self.reason = None
+        """The service answered as it should; a wait that it asked for is kept all the same."""
         self._in_a_row = 0
         self._troubles = 0
-        self._probing = False
+        if anyio.current_time() < self._asked_until:
+            return
+        self.reason = None
+        self._until = 0.0
+        self._prober = None
         self._announce()
 
     def shut(self, reason: str, *, probe: bool, after_s: float | None = None) -> None:
@@ -192,8 +201,12 @@ class Gate:
         if self.reason is None or probe:
             self._troubles += 1
         self.reason = reason
-        base_s, cap_s = (10.0, 300.0) if reason == BALANCE else (1.0, 60.0)
-        wait_s = after_s if after_s is not None else min(cap_s, base_s * 2 ** min(self._troubles - 1, 16))
+        if after_s is not None:
+            wait_s = min(after_s, MAX_ASKED_S)
+            self._asked_until = max(self._asked_until, now + wait_s)
+        else:
+            base_s, cap_s = (10.0, 300.0) if reason == BALANCE else (1.0, 60.0)
+            wait_s = min(cap_s, base_s * 2 ** min(self._troubles - 1, 16))
         self._until = max(self._until, now + wait_s * self._rng.uniform(1.0, 1.2))
         self.unsure(probe=probe)
 
@@ -208,7 +221,7 @@ class Gate:
     def unsure(self, *, probe: bool) -> None:
         """The caller's submit said nothing about the service's health; somebody else tries."""
         if probe:
-            self._probing = False
+            self._prober = None
         self._announce()
 
     def shut_for_s(self) -> float:

@@ -72,6 +72,8 @@ class Tracker:
         self._heap: list[tuple[float, int, _Watch]] = []
         self._number = count()
         self._woken = anyio.Event()
+        #: A wait that the service asked for holds for all looks.
+        self._quiet_until = 0.0
         self._rng = rng or Random()
         self._stuck_s = stuck_s
 
@@ -107,10 +109,13 @@ class Tracker:
                 looks.start_soon(self._look, watch, limiter)
 
     async def _until_due(self) -> None:
-        while not self._heap or self._heap[0][0] > anyio.current_time():
+        while (due_at := self._due_at()) > anyio.current_time():
             self._woken = anyio.Event()
-            with anyio.move_on_at(self._heap[0][0] if self._heap else float("inf")):
+            with anyio.move_on_at(due_at):
                 await self._woken.wait()
+
+    def _due_at(self) -> float:
+        return max(self._heap[0][0], self._quiet_until) if self._heap else float("inf")
 
     def _schedule(self, watch: _Watch, at: float) -> None:
         heapq.heappush(self._heap, (at, next(self._number), watch))
@@ -128,6 +133,7 @@ class Tracker:
             wait_s = self._unknown(watch)
         except errors.RateLimited as error:
             wait_s = self._trouble(watch, error.retry_after_s)
+            self._quiet_until = max(self._quiet_until, anyio.current_time() + wait_s)
         except errors.ServiceError as error:
             wait_s = self._trouble(watch, getattr(error, "retry_after_s", None))
         finally:
@@ -169,11 +175,8 @@ class Tracker:
 
     def _trouble(self, watch: _Watch, asked_s: float | None) -> float:
         watch.troubles += 1
-        return (
-            asked_s
-            if asked_s is not None
-            else 0.5 + backoff_s(watch.troubles, base_s=0.5, cap_s=30.0, rng=self._rng)
-        )
+        own_s = 0.5 + backoff_s(watch.troubles, base_s=0.5, cap_s=30.0, rng=self._rng)
+        return own_s if asked_s is None else max(0.5, asked_s)
 
     @staticmethod
     def _end(watch: _Watch, task: Task | None, verdict: Verdict | Left) -> None:

@@ -27,7 +27,8 @@ class Hints:
         """Take in a bound request."""
         self._tools[tool.slug] = tool
         self._requests[tool.slug] += 1
-        if "samples" not in request.given and request.images > 1:
+        has_samples = tool.parameter("samples") is not None
+        if has_samples and "samples" not in request.given and request.images > 1:
             self._samples_left[tool.slug] += 1
         seeds = self._seeds.setdefault(tool.slug, set())
         if len(seeds) < 2:

@@ -82,7 +82,9 @@ class Here:
 
     def rows(self, number: int, name: str = "p.csv") -> str:
         """Write a manifest of that many rows; returns its name."""
-        self.write(name, "id,prompt\n" + "".join(f"r{n},a picture of {n} birds\n" for n in range(1, number + 1)))
+        self.write(
+            name, "id,prompt\n" + "".join(f"r{n},a picture of {n} birds\n" for n in range(1, number + 1))
+        )
         return name
 
     def batchrun(

@@ -85,5 +85,5 @@ def check_complete(simulator: Simulator, folder: Path, rows: int, *, images: int
     ]
     results = lines_of(folder / "results.jsonl")
     assert [record["status"] for record in results] == ["done"] * rows
-    assert len({record["line"] for record in results}) == rows
+    assert len({(record["id"], record["line"], *record["images"]) for record in results}) == rows
     assert not any((folder / "partial").rglob("*.part"))

@@ -1,0 +1,59 @@
+"""`batchrun check`: everything is found and counted, nothing is sent, nothing stays behind."""
+
+from __future__ import annotations
+
+import json
+
+from tests.support.command import TOOL, Here
+
+
+def test_a_right_manifest_is_counted_without_keys_and_leaves_nothing(alone: Here) -> None:
+    alone.rows(3)
+    ended = alone.batchrun("check", "p.csv", "--tool", TOOL, "--expand", "seed=1..2", "--set", "samples=2")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith(f"6 rows, 12 images to expect\n  {TOOL}: 6 rows\n")
+    assert ended.stdout.endswith("ready to run\n")
+    assert sorted(path.name for path in alone.folder.iterdir()) == ["p.csv"]
+
+
+def test_hints_tell_what_is_probably_not_meant(alone: Here) -> None:
+    alone.rows(3)
+    ended = alone.batchrun("check", "p.csv", "--tool", TOOL)
+    assert "hint: p.csv: samples: 3 rows" in ended.stdout
+    assert "hint: p.csv: seed: " in ended.stdout
+
+
+def test_a_wrong_manifest_is_2_and_tells_each_place(alone: Here) -> None:
+    alone.write("m.csv", f"tool,id,prompt,steps\n{TOOL},a,x,20\n{TOOL},b,,20\nno-tool,c,x,1\n")
+    ended = alone.batchrun("check", "m.csv")
+    assert ended.returncode == 2
+    places = [line.split(": ")[0] for line in ended.stderr.splitlines()]
+    assert places == ["m.csv:3", "m.csv:4"]
+    assert "2 errors: nothing would be sent" in ended.stdout
+
+
+def test_invalid_rows_that_are_to_be_skipped_are_no_reason_to_fail(alone: Here) -> None:
+    alone.write("m.csv", "id,prompt,steps\na,x,20\nb,x,ten\n")
+    ended = alone.batchrun("check", "m.csv", "--tool", TOOL, "--skip-invalid")
+    assert ended.returncode == 0
+
+
+def test_as_json_it_tells_all_of_it(alone: Here) -> None:
+    rows = "".join(f"b{n},x,ten\n" for n in range(70))
+    alone.write("m.csv", f"id,prompt,steps\na,x,20\n{rows}")
+    ended = alone.batchrun("check", "m.csv", "--tool", TOOL, "--json")
+    assert ended.returncode == 2
+    told = json.loads(ended.stdout)
+    assert list(told) == ["rows", "images", "tools", "errors", "warnings", "hints"]
+    assert (told["rows"], told["tools"]) == (71, {TOOL: 71})
+    assert len(told["errors"]) == 70
+    assert told["errors"][0]["line"] == 3
+    assert told["hints"]
+
+
+def test_it_takes_the_options_of_run_so_that_one_line_serves_for_both(alone: Here) -> None:
+    alone.rows(1)
+    ended = alone.batchrun(
+        "check", "p.csv", "--tool", TOOL, "--out", "x", "--limit", "1", "--concurrency", "4"
+    )
+    assert ended.returncode == 0, ended.stderr

@@ -1,0 +1,296 @@
+"""Tasks are looked at until they have ended, whatever the looks meet, and never more often than is of use."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from decimal import Decimal
+from itertools import pairwise
+from random import Random
+
+import anyio
+import pytest
+
+from batchrun import errors
+from batchrun.dispatch.track import MAX_LOOKS, STUCK_S, Ended, Left, Tracker
+from batchrun.model import RemoteOutput, Task
+from batchrun.rules.pace import CEILING_S, FLOOR_S
+from batchrun.rules.policy import (
+    ERROR_PATIENCE_S,
+    OUTPUTS_PATIENCE_S,
+    UNKNOWN_PATIENCE_S,
+    PaidButEmpty,
+    Succeeded,
+    TaskFailed,
+)
+from tests.support.clock import virtual_time
+
+IMAGE = RemoteOutput("0.png", "https://cdn/0.png")
+RUNNING = Task("1", status="task_start")
+DONE = Task("1", status="task_postprocess_end", pexit="0", outputs=(IMAGE,))
+
+#: What a look shows, by the task's age in seconds.
+Story = Callable[[float], Task | None]
+
+
+class Looks:
+    """A service whose tasks go through a story, from when they are first named here."""
+
+    def __init__(self, story: Story) -> None:
+        self.story = story
+        self.begun_at = anyio.current_time()
+        #: (task id, age when looked at).
+        self.seen: list[tuple[str, float]] = []
+        self.running = 0
+        self.most_running = 0
+        self.takes_s = 0.05
+
+    async def detail(self, task_id: str, token: str = "") -> Task | None:
+        self.seen.append((task_id, self.age))
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            await anyio.sleep(self.takes_s)
+            task = self.story(self.age)
+            return replace(task, id=task_id) if task is not None else None
+        finally:
+            self.running -= 1
+
+    @property
+    def age(self) -> float:
+        return anyio.current_time() - self.begun_at
+
+    def gaps(self) -> list[float]:
+        ages = [age for _, age in self.seen]
+        return [after - before for before, after in pairwise(ages)]
+
+
+@asynccontextmanager
+async def tracking(looks: Looks) -> AsyncIterator[Tracker]:
+    tracker = Tracker(looks, rng=Random(0))
+    async with anyio.create_task_group() as group:
+        group.start_soon(tracker.run)
+        yield tracker
+        group.cancel_scope.cancel()
+
+
+async def followed(looks: Looks, task_id: str = "1") -> Ended:
+    async with tracking(looks) as tracker:
+        return await tracker.follow(task_id=task_id, token="t", tool=1)
+
+
+def after(seconds: float, then: Task | None, before: Task | None = RUNNING) -> Story:
+    return lambda age: then if age >= seconds else before
+
+
+def failing(error: Exception, until_s: float, then: Task = DONE) -> Story:
+    def story(age: float) -> Task:
+        if age < until_s:
+            raise error
+        return then
+
+    return story
+
+
+@virtual_time
+async def test_a_task_is_followed_to_its_end() -> None:
+    task, verdict = await followed(Looks(after(20, DONE)))
+    assert verdict == Succeeded()
+    assert task == DONE
+
+
+@virtual_time
+async def test_a_task_seen_ended_too_late_was_looked_at_within_a_quarter_of_its_age() -> None:
+    for seconds in (0.5, 3.0, 30.0, 300.0):
+        looks = Looks(after(seconds, DONE))
+        await followed(looks)
+        assert looks.age - seconds <= max(1.0, min(CEILING_S, seconds / 3)) + 0.2
+
+
+@virtual_time
+async def test_once_a_tool_s_duration_is_known_its_tasks_are_seen_ended_soon_with_few_looks() -> None:
+    async with tracking(Looks(after(9, DONE))) as tracker:
+        for _ in range(5):
+            tracker._client = looks = Looks(after(9, DONE))
+            await tracker.follow(task_id="1", token="t", tool=1)
+        assert looks.age - 9 < 1.5
+        assert len(looks.seen) <= 3
+
+
+@virtual_time
+async def test_looks_at_a_task_keep_their_distance() -> None:
+    looks = Looks(after(400, DONE))
+    await followed(looks)
+    assert min(looks.gaps()) >= FLOOR_S
+    assert max(looks.gaps()) <= CEILING_S + 1
+    assert len(looks.seen) < 80
+
+
+@virtual_time
+async def test_many_tasks_are_never_looked_at_all_at_once() -> None:
+    looks = Looks(after(30, DONE))
+    looks.takes_s = 0.5
+    ended: list[Ended] = []
+    async with tracking(looks) as tracker, anyio.create_task_group() as group:
+
+        async def follow(number: int) -> None:
+            ended.append(await tracker.follow(task_id=str(number), token="t", tool=1, age_s=10.0))
+
+        for number in range(300):
+            group.start_soon(follow, number)
+    assert len(ended) == 300
+    assert 0 < looks.most_running <= MAX_LOOKS
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.NotSent("refused"),
+        errors.ReplyLost("reset"),
+        errors.ServerFault("502"),
+        errors.ServerFault("503", retry_after_s=0.0),
+        errors.ProtocolError("nonsense"),
+        errors.RateLimited("slow down"),
+        errors.RateLimited("slow down", retry_after_s=0.0),
+        errors.LimitReached("full"),
+        errors.BalanceExhausted("no money"),
+        errors.RequestRejected("odd"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@virtual_time
+async def test_looks_that_fail_for_ten_minutes_lose_no_task_and_make_no_storm(error: Exception) -> None:
+    looks = Looks(failing(error, 600))
+    _, verdict = await followed(looks)
+    assert verdict == Succeeded()
+    assert len(looks.seen) < 600 / 0.5
+
+
+@virtual_time
+async def test_a_wait_that_the_service_asks_for_is_kept_by_all_looks() -> None:
+    looks = Looks(failing(errors.RateLimited("slow down", retry_after_s=120.0), 60))
+    async with tracking(looks) as tracker, anyio.create_task_group() as group:
+
+        async def follow(number: int) -> None:
+            await anyio.sleep(number * 5)  # each comes upon its own moment
+            await tracker.follow(task_id=str(number), token="t", tool=1)
+
+        for number in range(1, 9):
+            group.start_soon(follow, number)
+    asked_at = looks.seen[0][1]
+    assert all(age == asked_at or age >= asked_at + 120 for _, age in looks.seen)
+
+
+@virtual_time
+async def test_a_refused_key_reaches_whoever_follows() -> None:
+    looks = Looks(failing(errors.CredentialsRefused("bad key"), 600))
+    async with tracking(looks) as tracker:
+        with pytest.raises(errors.CredentialsRefused):
+            await tracker.follow(task_id="1", token="t", tool=1)
+
+
+@pytest.mark.parametrize("unknown", [None, errors.NotFound("no task yet")], ids=["empty", "code 1"])
+@virtual_time
+async def test_a_task_unknown_to_the_service_is_looked_for_and_then_left(
+    unknown: errors.NotFound | None,
+) -> None:
+    looks = Looks(after(10**6, DONE, None) if unknown is None else failing(unknown, 10**6))
+    task, verdict = await followed(looks)
+    assert task is None
+    assert verdict == Left("the service does not know the task")
+    assert looks.age >= UNKNOWN_PATIENCE_S
+
+
+@virtual_time
+async def test_a_task_that_the_service_knows_again_in_time_is_followed_on() -> None:
+    def story(age: float) -> Task | None:
+        return DONE if age > 500 else None if age % 100 > 20 else RUNNING
+
+    _, verdict = await followed(Looks(story))
+    assert verdict == Succeeded()
+
+
+@virtual_time
+async def test_a_task_that_never_moves_is_left_to_the_next_start() -> None:
+    looks = Looks(after(10**6, DONE))
+    task, verdict = await followed(looks)
+    assert isinstance(verdict, Left)
+    assert "task_start" in verdict.reason
+    assert task is not None
+    assert STUCK_S <= looks.age <= STUCK_S + 2 * CEILING_S
+
+
+@virtual_time
+async def test_a_task_that_moves_now_and_then_is_followed_for_hours() -> None:
+    stages = ["task_queue", "task_assign", "task_start", "task_output", "task_end"]
+
+    def story(age: float) -> Task:
+        return DONE if age > 5 * 3000 else Task("1", status=stages[int(age // 3000) % 5])
+
+    _, verdict = await followed(Looks(story))
+    assert verdict == Succeeded()
+
+
+@virtual_time
+async def test_statuses_going_backwards_or_unknown_mean_only_that_it_runs() -> None:
+    stages = ["task_start", "task_queue", "task_teleport", "", "task_end", "task_start"]
+
+    def story(age: float) -> Task:
+        return DONE if age > 60 else Task("1", status=stages[int(age // 10) % 6])
+
+    _, verdict = await followed(Looks(story))
+    assert verdict == Succeeded()
+
+
+@virtual_time
+async def test_outputs_that_come_a_look_later_are_waited_for_briefly() -> None:
+    looks = Looks(after(12, DONE, replace(DONE, outputs=())))
+    _, verdict = await followed(looks)
+    assert verdict == Succeeded()
+    assert looks.age < 14
+
+
+@pytest.mark.parametrize(
+    ("cost", "expected"), [(Decimal("0.004"), PaidButEmpty), (None, TaskFailed)], ids=["billed", "not billed"]
+)
+@virtual_time
+async def test_outputs_that_never_come_are_waited_for_half_a_minute(
+    cost: Decimal | None, expected: type
+) -> None:
+    looks = Looks(lambda age: replace(DONE, outputs=(), cost_usd=cost))
+    _, verdict = await followed(looks)
+    assert type(verdict) is expected
+    assert OUTPUTS_PATIENCE_S <= looks.age <= OUTPUTS_PATIENCE_S + 5
+
+
+@virtual_time
+async def test_an_error_that_passes_is_no_end_and_one_that_lasts_is() -> None:
+    _, verdict = await followed(Looks(after(60, DONE, Task("1", status="task_error"))))
+    assert verdict == Succeeded()
+    looks = Looks(lambda age: Task("1", status="task_error", debug_error="boom"))
+    _, verdict = await followed(looks)
+    assert isinstance(verdict, TaskFailed)
+    assert "boom" in verdict.failure.message
+    assert looks.age >= ERROR_PATIENCE_S
+
+
+@virtual_time
+async def test_a_task_from_an_earlier_start_is_looked_at_at_once_and_teaches_no_duration() -> None:
+    looks = Looks(lambda age: DONE)
+    async with tracking(looks) as tracker:
+        await tracker.follow(task_id="1", token="t", tool=1, age_s=3000.0)
+        assert looks.seen[0][1] < 0.01
+        assert tracker.durations[1].typical_s is None
+
+
+@virtual_time
+async def test_a_task_nobody_follows_any_more_is_not_looked_at() -> None:
+    looks = Looks(after(10**6, DONE))
+    async with tracking(looks) as tracker:
+        with anyio.move_on_after(30):
+            await tracker.follow(task_id="1", token="t", tool=1)
+        await anyio.sleep(CEILING_S)
+        count = len(looks.seen)
+        await anyio.sleep(1000)
+        assert len(looks.seen) == count
