@@ -44,10 +44,11 @@ async def service(folder: Folder, credentials: Credentials | None) -> AsyncItera
 
     is_new = not folder.is_run
     folder.create()
+    with folder.locked():  # a live runner is named by its folder, not by the memory that it holds
+        pass
     memory = folder.path / MEMORY
-    memory.touch()
     try:
-        async with Simulator(images="real") as simulator:
+        async with Simulator(images="real", memory=memory) as simulator:
             yield Credentials(simulator.key, simulator.secret, simulator.base_url, simulator.socket_url)
     finally:
         if is_new and not folder.is_run:  # nothing came of it

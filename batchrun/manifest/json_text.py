@@ -83,11 +83,24 @@ def check_text(value: Any) -> None:
         raise JsonFault("a text holds half of a surrogate pair (\\ud800 to \\udfff); take it out") from None
 
 
+#: json.dumps makes an encoder anew for every call.
+_ENCODERS = {
+    ascii_only: json.JSONEncoder(ensure_ascii=ascii_only, allow_nan=False) for ascii_only in (True, False)
+}
+
+
 def encode(value: Any, *, ascii_only: bool = False) -> str:
     """`value` as JSON text on one line: Decimals as numbers with all their digits, the rest as json.dumps.
 
     Raises TypeError for what JSON has no word for, ValueError for a number that is not finite.
     """
+    try:
+        return _ENCODERS[ascii_only].encode(value)  # in C, but it does not know Decimals
+    except TypeError:
+        return _encode(value, ascii_only=ascii_only)
+
+
+def _encode(value: Any, *, ascii_only: bool) -> str:
     match value:
         case Decimal():
             if not value.is_finite():
@@ -98,12 +111,12 @@ def encode(value: Any, *, ascii_only: bool = False) -> str:
             )  # or it would be read back as an integer
         case dict():
             names = (json.dumps(name, ensure_ascii=ascii_only) for name in value)
-            inner = (encode(item, ascii_only=ascii_only) for item in value.values())
+            inner = (_encode(item, ascii_only=ascii_only) for item in value.values())
             return "{" + ", ".join(f"{name}: {item}" for name, item in zip(names, inner)) + "}"
         case list() | tuple():
-            return "[" + ", ".join(encode(item, ascii_only=ascii_only) for item in value) + "]"
+            return "[" + ", ".join(_encode(item, ascii_only=ascii_only) for item in value) + "]"
         case _:
-            return json.dumps(value, ensure_ascii=ascii_only, allow_nan=False)
+            return _ENCODERS[ascii_only].encode(value)
 
 
 def kind(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from io import TextIOWrapper
 from pathlib import Path
@@ -39,6 +40,8 @@ class Log:
             self._file.flush()
         except OSError as error:
             self.fault = error.strerror or str(error)
+            with suppress(OSError):  # what it could not write it tries once more
+                self._file.close()
             self._file = None
 
     def _line(self, event: Event) -> str:

@@ -243,7 +243,9 @@ def after_download(
             if elapsed_s >= GONE_PATIENCE_S:
                 return Fail(Failure("download failed", str(error)))
             return Refetch(wait_s if troubles > 1 else 0.0, refresh=True)
-        case errors.OutputCorrupt(reason="declared-size" | "declared-type" | "etag") if troubles < MAX_DAMAGED:
+        case errors.OutputCorrupt(reason="declared-size" | "declared-type" | "etag") if (
+            troubles < MAX_DAMAGED
+        ):
             return Refetch(0.0, accept_sha256=error.sha256)
         case errors.OutputCorrupt():
             if troubles >= MAX_DAMAGED:

@@ -102,7 +102,7 @@ class Memory:
         self._write({"upload": asdict(upload)})
 
     def uploads(self) -> Iterator[tuple[Upload, bytes]]:
-        """Files that earlier simulators were given, oldest first, with content; those deleted are left out."""
+        """Files that earlier simulators were given, oldest first, with content; those deleted are not."""
         for upload in self._uploads:
             kept = self._folder / upload.sha256
             if kept.is_file():

@@ -371,6 +371,8 @@ class Ledger:
 
     def next_end(self) -> float | None:
         """When the next task ends that holds a slot; None if none will."""
+        while self._ends and self._ends[0][2].ended_at is not None:  # it was stopped before
+            heapq.heappop(self._ends)
         return self._ends[0][0] if self._ends else None
 
     def _enter(self, task: SimTask) -> None:

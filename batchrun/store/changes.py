@@ -36,12 +36,14 @@ def move(
 ) -> State:
     """Bring a row to its next state; raises LeaseLost, or ImpossibleMove where the table has no such move.
 
-    A row that comes to rest is given back and takes the next number in the order of settling.
+    A row that comes to rest is given back and takes the next number in the order of settling. One that would
+    be submitted again but has left the manifest is given back too: nothing more is bought for it.
     """
     check_lease(connection, seq, lease)
     before, present = connection.execute("SELECT state, present FROM rows WHERE seq = ?", (seq,)).fetchone()
     after = advance(State(before), event)
     rests = after in TERMINAL
+    given_back = rests or (after is State.PLANNED and not present)
     connection.execute(
         "UPDATE rows SET state = ?, cause = ?, message = ?, settled = ?, lease = ? WHERE seq = ?",
         (
@@ -49,7 +51,7 @@ def move(
             failure.cause if failure else None,
             failure.message if failure else None,
             next_settled(connection) if rests else None,
-            None if rests else lease,
+            None if given_back else lease,
             seq,
         ),
     )

@@ -135,8 +135,9 @@ class Transactions:
             except Exception as error:
                 for item in batch:
                     item.error = store_error(error, self._path) if isinstance(error, sqlite3.Error) else error
-                if self.connection.in_transaction:
-                    self.connection.execute("ROLLBACK")
+                with suppress(sqlite3.Error):  # the connection may be closed
+                    if self.connection.in_transaction:
+                        self.connection.execute("ROLLBACK")
             finally:
                 for item in batch:
                     item.settled = True

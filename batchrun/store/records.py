@@ -22,9 +22,13 @@ OUTPUT_COLUMNS = (
 )
 
 
+#: json.dumps makes an encoder anew for every call.
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str)
+
+
 def dumps(value: Any) -> str:
     """Compact JSON text; Decimals keep their digits as text."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+    return _ENCODER.encode(value)
 
 
 def given_to_json(given: Mapping[str, Value | LocalImage]) -> str:

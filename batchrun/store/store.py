@@ -251,14 +251,15 @@ class Store:
 
         def verb(connection: sqlite3.Connection) -> Row:
             query = "SELECT row FROM attempts WHERE task_id = ?"
-            if read_value(connection, query, (accepted.task_id,)) is None:
+            holder = read_value(connection, query, (accepted.task_id,))
+            if holder is None:
                 event = Event.ADOPTED if adopted else Event.ACCEPTED
                 changes.move(connection, seq, event, lease=self.lease)
                 connection.execute(
                     "UPDATE attempts SET task_id = ?, token = ?, accepted_at = ? WHERE row = ? AND open = 1",
                     (accepted.task_id, accepted.token, at, seq),
                 )
-            elif not adopted:
+            elif not adopted and holder != seq:
                 changes.move(connection, seq, Event.REPLY_LOST, lease=self.lease)
             return load_row(connection, seq)
 

@@ -126,12 +126,11 @@ def test_a_refused_key_stops_the_run_with_3_and_shows_no_key(here: Here) -> None
 
 
 def test_ctrl_c_stops_in_good_order_and_the_same_command_goes_on(here: Here) -> None:
-    with simulator("--seconds", "600", "--slots", "4") as wiro:
+    with simulator("--seconds", "2", "--slots", "4") as wiro:
         here = Here(here.folder, wiro)
         arguments = ("run", here.rows(6), "--tool", TOOL, "--set", "samples=1")
         with here.start(*arguments) as going:
             until(lambda: wiro.stats()["active"] == 4, "four tasks run")
-            until(lambda: here.status()["rows"]["in_flight"] >= 4, "their ids are recorded")
             going.send_signal(signal.SIGINT)
             said, _ = going.communicate(timeout=60)
         assert going.returncode == 3, said
@@ -139,7 +138,12 @@ def test_ctrl_c_stops_in_good_order_and_the_same_command_goes_on(here: Here) -> 
         assert "stopped (by Ctrl-C): 0 of 6 rows done, 6 not finished\n" in said
         assert said.endswith("to go on: run the same command again\n")
         assert wiro.stats()["tasks"] == 4
-    # what was left running is known to nobody here any more; see the crash tests for going on with it
+        wiro.weather(seconds=0.05)
+        again = here.batchrun(*arguments)
+        assert again.returncode == 0, again.stdout
+        assert "so far: 4 in flight, 2 to do\n" in again.stdout
+        assert len(here.images()) == 6
+        assert (wiro.stats()["tasks"], wiro.stats()["needless"]) == (6, 0)
 
 
 def test_sigterm_is_obeyed_like_ctrl_c_and_twice_is_at_once(here: Here) -> None:
@@ -223,6 +227,27 @@ def test_a_rehearsal_needs_no_keys_and_its_folder_is_never_taken_for_a_real_run(
     real = alone.run("p.csv", env={"WIRO_API_KEY": "k"})
     assert real.returncode == 2
     assert "rehearsal" in real.stderr
+
+
+def test_a_rehearsal_that_is_killed_goes_on_with_the_tasks_of_the_first_simulator(alone: Here) -> None:
+    log = alone.folder / "log.jsonl"
+    arguments = ("run", alone.rows(6), "--tool", TOOL, "--set", "samples=1", "--simulate", "--log", str(log))
+    with alone.start(*arguments, "--concurrency", "3") as going:
+        until(lambda: log.exists() and log.read_text().count('"in flight"') >= 3, "three rows are in flight")
+        going.kill()
+        going.communicate()
+    again = alone.batchrun(*arguments)
+    assert again.returncode == 0, again.stdout
+    facts = [json.loads(line)["fact"] for line in log.read_text().splitlines()]
+    assert facts.count("intent") == 6
+    assert len(alone.images()) == 6
+
+
+def test_a_rehearsal_that_comes_to_nothing_leaves_nothing(alone: Here) -> None:
+    alone.write("bad.csv", "prompt,steps\nx,ten\n")
+    assert alone.run("bad.csv", "--simulate").returncode == 2
+    assert sorted(path.name for path in alone.folder.iterdir() if path.name != "runs") == ["bad.csv"]
+    assert not (alone.folder / "runs/bad").exists()
 
 
 def test_a_real_runs_folder_is_not_rehearsed_in(here: Here) -> None:

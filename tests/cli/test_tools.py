@@ -27,7 +27,6 @@ def test_show_tells_parameters_and_counts_long_lists_of_options(alone: Here) -> 
     said = alone.batchrun("tools", "show", "text-to-image-sd-lora")
     assert "prompt (required)\t" in said.stdout
     many = alone.batchrun("tools", "show", "outpainting-sdxl-advanced").stdout
-    assert "850 (Lykon/DreamShaper-XL)" in many
     assert " and 43 more (--all)" in many
     assert " more (--all)" not in alone.batchrun("tools", "show", "outpainting-sdxl-advanced", "--all").stdout
 

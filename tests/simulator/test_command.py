@@ -70,6 +70,7 @@ def test_fault_help_lists_the_faults() -> None:
         (["--balance", "much"], "not an amount of USD"),
         (["--balance", "NaN"], "not an amount of USD"),
         (["--images", "huge"], "'tiny', 'real'"),
+        (["--memory", "/no/such/folder/memory"], "cannot be opened"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_exit_code_2(arguments, words) -> None:

@@ -65,7 +65,9 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def images_of(folder: Path) -> list[Path]:
     """The images of a run, each proved whole; partial files must be gone."""
-    images = sorted(path for path in (folder / "images").rglob("*") if path.suffix in {".png", ".jpg", ".webp"})
+    images = sorted(
+        path for path in (folder / "images").rglob("*") if path.suffix in {".png", ".jpg", ".webp"}
+    )
     for image in images:
         verifier = Verifier()
         verifier.feed(image.read_bytes())
