@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 #: Options of a parameter shown; a LoRA picker has hundreds.
 OPTIONS_SHOWN = 10
+#: Characters of a default shown; some are whole prompts.
+DEFAULT_SHOWN = 80
 
 
 @click.group(short_help="Show the tools that can be asked for; add others.")
@@ -47,7 +49,12 @@ def list_(as_json: bool) -> None:
 
 @tools.command(short_help="A tool's parameters.")
 @click.argument("tool", metavar="TOOL")
-@click.option("--all", "show_all", is_flag=True, help=f"All options, not only the first {OPTIONS_SHOWN}.")
+@click.option(
+    "--all",
+    "show_all",
+    is_flag=True,
+    help=f"All options, not only the first {OPTIONS_SHOWN}, and whole defaults.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Tell it as JSON.")
 def show(tool: str, show_all: bool, as_json: bool) -> None:
     """Show the parameters of TOOL (`instant-id`, or `wiro/instant-id`): type, default, options.
@@ -74,7 +81,7 @@ def show(tool: str, show_all: bool, as_json: bool) -> None:
             (
                 each.name + (" (required)" if each.required else ""),
                 each.type,
-                _default(each),
+                plain(_default(each), limit=None if show_all else DEFAULT_SHOWN),
                 _options(each.options, most=most),
             )
             for each in found.parameters

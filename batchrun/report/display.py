@@ -14,7 +14,7 @@ from rich.text import Text
 
 from batchrun.progress import Event, Fact
 from batchrun.report.talk import Talk
-from batchrun.report.watch import Notes, Sight, Watch, active_of
+from batchrun.report.watch import Notes, Sight, Watch, active_of, rate_of
 from batchrun.report.words import about, count, duration, plain, rough_usd, size
 
 #: Between two drawings.
@@ -68,7 +68,7 @@ class Display:
     def _state(self, sight: Sight) -> list[Text]:
         if self._stopping is not None:
             text = f"stopping ({self._stopping}): finishing downloads; again to leave at once"
-            awaited = [(f"{count(sight.submitting, 'answer')} awaited", "")] if sight.submitting else []
+            awaited = [(f"{count(sight.awaited, 'answer')} awaited", "")] if sight.awaited else []
             return [_line((text, "bold yellow"), *awaited)]
         return [_line((f"waiting: {sight.waiting_for}", "bold yellow"))] if sight.waiting_for else []
 
@@ -97,8 +97,9 @@ def _rows(sight: Sight) -> Text:
 def _gain(sight: Sight, *, is_stopping: bool) -> Text:
     parts = [(count(sight.images, "image"), ""), (size(sight.bytes), "")]
     parts += [(rough_usd(sight.cost_usd), "")] if sight.cost_usd else []
-    parts += [(f"{sight.rows_per_min:,.1f} rows/min", "")] if sight.rows_per_min else []
-    if sight.left_s is not None and sight.settled < sight.total and not is_stopping:
+    parts += [(rate_of(sight), "")] if sight.rows_per_min else []
+    is_moving = sight.waiting_for is None and not is_stopping
+    if sight.left_s is not None and sight.settled < sight.total and is_moving:
         parts.append((f"about {about(sight.left_s)} left", "bold"))
     return _line(*parts)
 

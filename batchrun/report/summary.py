@@ -38,6 +38,9 @@ def summary(
     yield from groups(failures)
     for reason, rows in Counter((left or {}).values()).most_common(5):
         yield f"  {count(rows, 'row')} left for the next start: {plain(reason, limit=300)}", "yellow"
+    if not counts.total:  # it never came to know its rows
+        yield "to go on: run the same command again", "bold"
+        return
     yield f"images  {counts.images:,}, {size(counts.bytes)}, in {plain(near(folder / 'images'))}", ""
     yield f"cost    {spent(counts.cost_usd, rows_done=counts.by_state.get(State.DONE, 0))}", ""
     if elapsed_s is not None:

@@ -21,12 +21,13 @@ class Sight:
     #: Failed, cancelled or invalid.
     failed: int
     in_doubt: int
-    #: Sent, and not answered yet.
-    submitting: int
+    #: Submits sent whose answers are not here yet.
+    awaited: int
     #: Made and paid for; images are still to be saved.
     saving: int
-    #: Task slots in use, and how many there are; 0 until known.
+    #: Tasks that run at the service or are being submitted.
     active: int
+    #: How many there may be, doubtful ones included; 0 until known.
     limit: int
     images: int
     bytes: int
@@ -45,6 +46,10 @@ class Sight:
         return self.done + self.failed
 
 
+#: What ends the wait for the answer to a submit.
+_ANSWERS = frozenset({Fact.ACCEPTED, Fact.WITHDRAWN, Fact.DOUBT, Fact.FAILED})
+
+
 class Watch:
     """Looks at a run's progress, and remembers enough to tell its pace."""
 
@@ -55,6 +60,14 @@ class Watch:
         #: None until the work begins.
         self.began_at: float | None = None
         self._pace = Pace()
+        self._awaited: set[int | None] = set()
+        progress.listen(self._hear)
+
+    def _hear(self, event: Event) -> None:
+        if event.fact is Fact.INTENT:
+            self._awaited.add(event.seq)
+        elif event.fact in _ANSWERS:
+            self._awaited.discard(event.seq)
 
     def begin(self, *, beyond_limit: int) -> None:
         """The manifest is planned and the work begins: from here the pace is told."""
@@ -78,9 +91,9 @@ class Watch:
             done=done,
             failed=failed,
             in_doubt=counts.get(State.IN_DOUBT, 0),
-            submitting=counts.get(State.SUBMITTING, 0),
+            awaited=len(self._awaited),
             saving=counts.get(State.FINISHED, 0),
-            active=progress.active,
+            active=counts.get(State.IN_FLIGHT, 0) + len(self._awaited),
             limit=progress.limit,
             images=progress.images,
             bytes=progress.bytes,
@@ -122,12 +135,17 @@ def gain_of(sight: Sight) -> str:
     return ", ".join(parts)
 
 
+def rate_of(sight: Sight) -> str:
+    """`25.8 rows/min`, `408 rows/min`."""
+    return f"{sight.rows_per_min:,.{1 if sight.rows_per_min < 100 else 0}f} rows/min"
+
+
 def pace_of(sight: Sight) -> str:
     """`25.8 rows/min, about 9 min left`; empty while nothing is known."""
     if not sight.rows_per_min:
         return ""
-    text = f"{sight.rows_per_min:,.1f} rows/min"
-    if sight.left_s is not None and sight.settled < sight.total:
+    text = rate_of(sight)
+    if sight.left_s is not None and sight.settled < sight.total and sight.waiting_for is None:
         text += f", about {about(sight.left_s)} left"
     return text
 

@@ -529,8 +529,11 @@ class Store:
         return await self._read(lambda connection: reading.read_json(connection, "listed"))
 
     async def set_listing_mark(self, mark: Mapping[str, Any], *, instead_of: Mapping[str, Any]) -> bool:
-        """The sidecar files hold every row settled up to this mark; False, and no change, when the mark is not
-        `instead_of` any more: something they tell is not true now, and they are to be built anew."""
+        """The sidecar files hold every row settled up to this mark.
+
+        False, and no change, when the mark is not `instead_of` any more: something they tell is not true now,
+        and they are to be built anew.
+        """
         texts = dumps(dict(mark)), dumps(dict(instead_of))
 
         def verb(connection: sqlite3.Connection) -> bool:

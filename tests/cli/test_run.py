@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import stat
+import subprocess
 from datetime import datetime
 
 import pytest
@@ -163,6 +164,19 @@ def test_standard_input_is_a_manifest(here: Here) -> None:
     ended = here.run("-", "--format", "jsonl", "--out", "cats", text=rows)
     assert ended.returncode == 0, ended.stderr
     assert here.images("cats") == ["a_0.png", "b_0.png"]
+
+
+def test_ctrl_c_ends_a_run_that_reads_a_manifest_which_does_not_come(here: Here) -> None:
+    arguments = ("run", "-", "--format", "csv", "--tool", TOOL, "--out", "x")
+    with here.start(*arguments, stdin=subprocess.PIPE) as going:
+        until((here.folder / "x/state.sqlite3").exists, "it reads")
+        assert going.stdout is not None
+        said = ""
+        for _ in range(3):  # in good order, at once, and by force
+            going.send_signal(signal.SIGINT)
+            while "stopping" not in said:
+                said += going.stdout.readline()
+        assert going.wait(60) == 3
 
 
 def test_a_job_file_says_it_all_and_options_win_over_it(here: Here) -> None:

@@ -185,13 +185,16 @@ class Account:
         self.now = 0.0
         self.path = path
         self.slots = slots
-        self._fill(None)
+        self._open()
+
+    def close(self) -> None:
+        self.memory.close()
 
     def restart(self) -> None:
-        self.memory.close()
-        self._fill(self.ledger)
+        self.close()
+        self._open()
 
-    def _fill(self, earlier: Ledger | None) -> None:
+    def _open(self) -> None:
         self.memory = Memory(self.path, epoch=0, salt="", tool=lambda path: LORA)
         self.ledger = Ledger(
             clock=lambda: self.now,
@@ -227,20 +230,19 @@ _WAIT = st.tuples(st.just("wait"), st.sampled_from([0.0, 5.0, 33.3, 100.0, 250.0
     st.lists(st.tuples(st.one_of(_MAKE, _MAKE, _STOP, _WAIT), st.booleans()), max_size=25), st.integers(1, 3)
 )
 def test_a_ledger_restored_at_any_time_goes_on_exactly_like_one_that_never_ended(orders, slots) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        steady = Account(Path(folder) / "steady", slots=slots)
-        restarted = Account(Path(folder) / "restarted", slots=slots)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        steady = stack.enter_context(contextlib.closing(Account(Path(folder) / "steady", slots=slots)))
+        restarted = stack.enter_context(contextlib.closing(Account(Path(folder) / "restarted", slots=slots)))
         for order, restart in orders:
             for account in (steady, restarted):
                 _obey(account, *order)
             if restart:
                 restarted.restart()
             assert restarted.state() == steady.state()
-        for account in (steady, restarted):
-            account.memory.close()
 
 
 def _obey(account: Account, kind: str, what: Any, how: Any = None) -> None:
+    account.now += 0.125  # no two orders come at the very same instant
     match kind:
         case "make":
             account.ledger.make(LORA, {"seed": how}, images=2, size_px=(64, 64), fault=what)
@@ -260,8 +262,8 @@ def test_tasks_that_waited_start_no_sooner_than_the_ledger_fell_silent_though_sl
     account.ledger.make(LORA, {}, images=1, size_px=(64, 64), fault=None)
     account.now, account.slots = 300.0, 5
     account.restart()
+    account.close()
     assert [task.started_at for task in account.ledger.tasks] == [0, 150, 160]
-    account.memory.close()
 
 
 # --- uploads -------------------------------------------------------------------------------------

@@ -102,13 +102,13 @@ class Here:
             timeout=TIMEOUT_S,
         )
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
         """Start the command; its standard output and errors go into one pipe."""
         return subprocess.Popen(
             [*COMMAND, *arguments],
             cwd=self.folder,
             env=self.env,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -203,7 +203,8 @@ def watched(**counts: int) -> Watch:
 def test_the_line_says_rows_tasks_and_what_is_waited_for() -> None:
     watch = watched(done=3, failed=1, in_doubt=1, finished=2, in_flight=4, planned=9)
     progress = watch.progress
-    progress.active, progress.limit, progress.images = 5, 8, 12
+    progress.limit, progress.images = 8, 12
+    progress.announce(Fact.INTENT, Row(7, "k", "a", 2, "a", 1, {}, {}, 1, State.PLANNED))
     progress.paused = "the balance is exhausted"
     assert line(watch.look()) == (
         "3 of 20 rows done, 1 failed, 1 in doubt; 5 of 8 tasks active, 2 rows being saved; "
