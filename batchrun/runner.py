@@ -233,7 +233,9 @@ class Runner:
         binder_of = cache(self._binder)
         listing = Listing(self.folder, store, self.progress, binder_of)
         await listing.begin()
-        last_seq = await store.last_seq_of(self.job.limit) if self.job.limit else None
+        # who asks again for rows means all of them, whatever a try was limited to
+        limit = self.job.limit if self.again is None else None
+        last_seq = await store.last_seq_of(limit) if limit else None
         if self.again is not None and self.again.cancel:
             last_seq = 0
         if last_seq is not None:
@@ -309,15 +311,16 @@ class Runner:
         if self.findings is None or self.merged is None:
             return
         with anyio.move_on_after(_PRICES_S):
-            for tool, (rows, images) in self.merged.by_tool.items():
+            for run_path, (rows, images) in self.merged.by_tool.items():
+                owner, slug = run_path.split("/")[-2:]
                 try:
-                    facts = await wiro.tool_price(*tool.removeprefix("/Run/").split("/", 1))
+                    facts = await wiro.tool_price(owner, slug)
                 except errors.ServiceError:
-                    self.estimates.append(Estimate(tool, rows, images, None))
-                    continue
-                self.estimates.append(
-                    estimate(tool.rpartition("/")[2], rows, images, facts.prices, facts.approximate_cost_usd)
-                )
+                    self.estimates.append(Estimate(slug, rows, images, None))
+                else:
+                    self.estimates.append(
+                        estimate(slug, rows, images, facts.prices, facts.approximate_cost_usd)
+                    )
 
     async def _finish(self, store: Store, listing: Listing, dispatcher: Dispatcher | None) -> Outcome:
         with anyio.CancelScope(shield=True):

@@ -1,0 +1,169 @@
+"""What happens at an awkward moment (a doubt, a stop, a refused key, a file in the way) costs nothing twice."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+
+import anyio
+
+from batchrun.model import State
+from batchrun.progress import Event, Fact, Progress
+from batchrun.runner import Again, Runner
+from batchrun.simulator.server import Simulator
+from tests.support.images import draw
+from tests.support.runs import Facts, check_complete, credentials_of, images_of, job_of, run_job, write_rows
+
+
+# --- doubts ---------------------------------------------------------------------------------------------
+
+
+async def test_the_user_s_word_for_a_doubt_counts_once_and_for_no_later_doubt(tmp_path):
+    job = job_of(write_rows(tmp_path / "m.csv", 2), limit=1)
+    async with Simulator(seconds=0.2, faults=["run-reset", "list-off"]) as sim:
+        await run_job(sim, job)
+        assert len(sim.tasks) == 1
+        with anyio.fail_after(30):
+            outcome = await run_job(sim, job.with_overrides(limit=None), again=Again(states=(State.IN_DOUBT,)))
+        # the row that was in doubt was submitted again once; the new row's doubt is its own
+        assert outcome.counts.by_state == {State.IN_DOUBT: 2}
+        assert len(sim.tasks) == 3
+
+
+async def test_a_listing_that_shows_none_of_our_tasks_proves_no_absence(tmp_path, monkeypatch):
+    monkeypatch.setattr("batchrun.rules.recovery.GRACE_S", 1.0)
+    monkeypatch.setattr("batchrun.rules.recovery.SECOND_LOOK_S", 1.0)
+    monkeypatch.setattr("batchrun.dispatch.doubts.LISTING_PATIENCE_S", 6.0)
+    async with Simulator(seconds=0.2, faults=["run-reset@3", "list-empty"]) as sim:
+        outcome = await run_job(sim, job_of(write_rows(tmp_path / "m.csv", 4)))
+        assert outcome.counts.by_state == {State.DONE: 3, State.IN_DOUBT: 1}
+        assert not sim.needless
+
+
+async def test_a_key_refused_while_a_doubt_is_looked_up_stops_the_run_in_good_order(tmp_path):
+    async with Simulator(seconds=0.2, faults=["run-reset@1"]) as sim:
+        runner = Runner(job_of(write_rows(tmp_path / "m.csv", 1)), credentials_of(sim))
+
+        def revoke(event: Event) -> None:
+            if event.fact is Fact.DOUBT:
+                sim._world.options = replace(sim._world.options, key="another-key-0000")
+
+        runner.progress.listen(revoke)
+        outcome = await runner.run()
+        assert outcome.exit_code == 3
+        assert outcome.counts.by_state == {State.IN_DOUBT: 1}
+        assert "key" in (outcome.stopped or "")
+
+
+async def test_more_doubts_than_a_run_has_room_for_are_each_looked_up_once(tmp_path):
+    job = job_of(write_rows(tmp_path / "m.csv", 12), max_concurrency=1, downloads=1)
+    async with Simulator(seconds=0.1, faults=["run-reset", "list-off"]) as sim:
+        with anyio.fail_after(60):
+            await run_job(sim, job)
+        facts = Facts()
+        with anyio.fail_after(60):
+            outcome = await run_job(sim, job, facts=facts)
+        assert outcome.counts.by_state == {State.IN_DOUBT: 12}
+        assert facts.count(Fact.HELD) == 12
+
+
+# --- stopping ---------------------------------------------------------------------------------------------
+
+
+async def test_nothing_is_submitted_once_the_run_is_told_to_stop(tmp_path):
+    for fact in (Fact.INTENT, Fact.ATTEMPT_FAILED):
+        folder = tmp_path / fact.name
+        folder.mkdir()
+        async with Simulator(seconds=0.2, faults=["task-fails@1,2,3"]) as sim:
+            facts = Facts()
+            runner = Runner(
+                job_of(write_rows(folder / "m.csv", 30)), credentials_of(sim), progress=Progress(facts)
+            )
+            intents = None
+
+            def stop(event: Event) -> None:
+                nonlocal intents
+                if event.fact is fact and intents is None:
+                    runner.stop("enough")
+                    intents = facts.count(Fact.INTENT)
+
+            runner.progress.listen(stop)
+            assert (await runner.run()).exit_code == 3
+            sent = facts.count(Fact.INTENT)
+        # the rows whose intent was being recorded at that moment go on
+        assert sent - intents <= 8, (fact, sent, intents)
+
+
+async def test_a_cancelled_task_whose_answer_was_lost_is_seen_cancelled(tmp_path):
+    job = job_of(write_rows(tmp_path / "m.csv", 3))
+    async with Simulator(seconds=30, faults=["stop-reset"]) as sim:
+        runner = Runner(job, credentials_of(sim))
+
+        def cancel(event: Event) -> None:
+            if event.fact is Fact.IN_FLIGHT and len(sim.tasks) == 3:
+                runner.cancel_all()
+
+        runner.progress.listen(cancel)
+        outcome = await runner.run()
+        assert sim.active == 0
+        assert outcome.counts.by_state == {State.CANCELLED: 3}
+
+
+# --- saving -------------------------------------------------------------------------------------------------
+
+
+async def test_a_file_in_the_way_of_one_image_fails_that_row_alone(tmp_path):
+    job = job_of(write_rows(tmp_path / "m.csv", 4))
+    (tmp_path / "run" / "images" / "000").mkdir(parents=True)
+    (tmp_path / "run" / "images" / "000" / "r2_0.png").write_bytes(draw("PNG", size=(3, 3)))
+    async with Simulator(seconds=0.1) as sim:
+        outcome = await run_job(sim, job)
+        assert outcome.counts.by_state == {State.DONE: 3, State.FAILED: 1}
+        [(_, failure, *_)] = outcome.failures
+        assert failure.cause == "download failed"
+        assert (tmp_path / "run" / "images" / "000" / "r2_0.png").read_bytes() == draw("PNG", size=(3, 3))
+        (tmp_path / "run" / "images" / "000" / "r2_0.png").unlink()
+        assert (await run_job(sim, job, again=Again())).exit_code == 0
+        assert len(sim.tasks) == 4
+        check_complete(sim, tmp_path / "run", 4)
+
+
+# --- what is told ---------------------------------------------------------------------------------------------
+
+
+async def test_failed_csv_tells_no_row_that_is_on_its_way_again(tmp_path):
+    job = job_of(write_rows(tmp_path / "m.csv", 3))
+    async with Simulator(seconds=0.1, faults=["run-validation@1,2"]) as sim:
+        await run_job(sim, job)
+        runner = Runner(job, credentials_of(sim), again=Again(ids=["r1"]))
+
+        def leave(event: Event) -> None:
+            if event.fact is Fact.DONE:
+                runner.abort()
+
+        runner.progress.listen(leave)
+        await runner.run()
+        with (tmp_path / "run" / "failed.csv").open(newline="") as file:
+            assert [row["id"] for row in csv.DictReader(file)] == ["r2"]
+
+
+async def test_rows_taken_out_of_the_manifest_are_finished_and_not_counted(tmp_path):
+    manifest = write_rows(tmp_path / "m.csv", 3)
+    job = job_of(manifest)
+    async with Simulator(seconds=0.5) as sim:
+        runner = Runner(job, credentials_of(sim))
+
+        def leave(event: Event) -> None:
+            if event.fact is Fact.IN_FLIGHT and len(sim.tasks) == 3:
+                runner.stop("enough")
+
+        runner.progress.listen(leave)
+        await runner.run()
+        manifest.write_text("id,prompt\nr1,a picture of 1 birds\n")
+        again = Runner(job, credentials_of(sim))
+        outcome = await again.run()
+        assert outcome.exit_code == 0
+        assert len(images_of(tmp_path / "run")) == 3
+        told = {state: rows for state, rows in again.progress.counts.items() if rows}
+        assert told == outcome.counts.by_state == {State.DONE: 1}
+        assert again.progress.images == outcome.counts.images == 1
