@@ -1,7 +1,7 @@
 """One start of a run, from a job to its outcome: folder, lock, state, manifest, service, dispatcher, files.
 
-Everything a start opens is closed when `Runner.run` returns, in the reverse order. Starting again with the same
-job is the resume: there is no other.
+Everything a start opens is closed when `Runner.run` returns, in the reverse order. Starting again with the
+same job is the resume: there is no other.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Collection
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
@@ -150,10 +149,10 @@ class Runner:
 
         Raises ManifestError (nothing was sent), UsageError, StoreError or DiskError.
         """
-        is_new = not self.folder.is_run
         self.folder.create()
         try:
             with self.folder.locked():
+                is_new = not self.folder.is_run
                 store = Store.open(self.folder.state)
                 try:
                     return await self._with_store(store)
@@ -193,7 +192,7 @@ class Runner:
         if known is None or self.again is not None:
             return
         mine = str(self.job.manifest)
-        moved = Path(known).name == Path(mine).name and not Path(known).exists()
+        moved = Path(known).name == Path(mine).name and not await anyio.Path(known).exists()
         if known != mine and not moved:
             raise errors.FolderTaken(
                 f"{self.folder.path} belongs to another manifest, {known}; choose another folder with --out"
@@ -307,7 +306,7 @@ class Runner:
         return Binder(from_json(json.loads(description)), lora_scale=self.job.lora_scale)
 
     async def _ask_prices(self, wiro: Wiro) -> None:
-        """What is known of the price of what was newly planned; a service that does not tell is not waited for."""
+        """What is known of the price of what was newly planned; who does not tell is not waited for."""
         if self.findings is None or self.merged is None:
             return
         with anyio.move_on_after(_PRICES_S):

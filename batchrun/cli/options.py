@@ -140,6 +140,8 @@ def _all(options: tuple[Callable[[Any], Any], ...]) -> Callable[[Command], Comma
 reading_options = _all(_READING)
 working_options = _all(_WORKING)
 service_options = _all(_SERVICE)
+#: What `service_options` are called as arguments.
+SERVICE_NAMES = frozenset({"env_file", "simulate", "log_file", "no_display"})
 
 
 def job_of(path: str, values: Mapping[str, Any]) -> Job:

@@ -6,20 +6,32 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from batchrun.errors import ManifestError, UsageError
 from batchrun.model import Problem
 from batchrun.report.opening import errors, to_json
 from batchrun.report.talk import Talk
 
+if TYPE_CHECKING:
+    from batchrun.manifest.job import Job
+
 EXIT_USAGE = 2
 
 
+class Telling:
+    """What is known of the command whose errors are told."""
+
+    #: None until the arguments are read.
+    job: Job | None = None
+
+
 @contextmanager
-def telling_errors(*, as_json: bool) -> Iterator[None]:
+def telling_errors(*, as_json: bool) -> Iterator[Telling]:
     """Tell usage and manifest errors and end the command with its exit code."""
+    telling = Telling()
     try:
-        yield
+        yield telling
     except UsageError as error:
         if as_json:
             problems = error.problems if isinstance(error, ManifestError) else [Problem(str(error))]
@@ -30,7 +42,9 @@ def telling_errors(*, as_json: bool) -> Iterator[None]:
             talk = Talk(sys.stderr)
             for text, style in errors(error.problems, total=error.total):
                 talk.say(text, style)
-            talk.say(
-                "nothing was sent: correct the manifest and run again (--skip-invalid runs the other rows)"
-            )
+            told = "nothing was sent: correct the manifest and run again"
+            skips = telling.job is not None and telling.job.skip_invalid
+            if not skips and all(problem.line for problem in error.problems):
+                told += " (--skip-invalid runs the other rows)"
+            talk.say(told)
         sys.exit(EXIT_USAGE)

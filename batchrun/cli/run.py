@@ -46,8 +46,8 @@ def run(
     """
     from batchrun.cli.problems import telling_errors
 
-    with telling_errors(as_json=as_json):
-        made = job_of(job, values)
+    with telling_errors(as_json=as_json) as telling:
+        made = telling.job = job_of(job, values)
         from batchrun.cli.session import Session
 
         session = Session(made, env_file, simulate, log_file, no_display, as_json)

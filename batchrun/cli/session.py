@@ -64,7 +64,9 @@ class Session:
         self.folder = Folder(self.job.folder)
         self.progress = Progress()
         self._watch = Watch(self.progress)
-        self._title = f"{near(Path(self.job.manifest))} → {near(self.job.folder)}"
+        source = self.job.manifest
+        manifest = near(source) if isinstance(source, Path) else "standard input"
+        self._title = f"{manifest} → {near(self.job.folder)}"
 
     def conduct(self, opening: Opening, *, again: Again | None = None) -> Outcome:
         """Bring the start to its end; `opening` gives what is said just before the work begins.

@@ -97,10 +97,12 @@ def add(page: str) -> None:
 
     A tool that is there already is replaced: the page is the newer word.
     """
-    from batchrun.errors import UsageError
+    from batchrun.errors import PageError, UsageError
     from batchrun.report.words import plain
     from batchrun.tools.catalog import load
 
+    if page.startswith(("http://", "https://")):
+        raise UsageError(f"{page}: nothing is fetched here; write: curl {page} | batchrun tools add -")
     try:
         content = sys.stdin.buffer.read() if page == "-" else Path(page).read_bytes()
         text = content.decode("utf-8-sig")
@@ -108,7 +110,10 @@ def add(page: str) -> None:
         raise UsageError(f"{page}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{page}: is not UTF-8 text (at byte {error.start})") from error
-    tool = load().add(text)
+    try:
+        tool = load().add(text)
+    except PageError as error:
+        raise UsageError(f"{page}: {error}") from error
     click.echo(plain(f"{tool.slug} ({tool.run_path}) can be asked for: {len(tool.parameters)} parameters"))
     click.echo(f"see: batchrun tools show {plain(tool.slug)}")
 

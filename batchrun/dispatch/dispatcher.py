@@ -119,7 +119,7 @@ class Dispatcher:
         )
         self._gate = Gate(rng=rng)
         self._tracker = Tracker(service, rng=rng)
-        self._doubts = Doubts(service, store.known_tasks)
+        self._doubts = Doubts(service, store.known_tasks, store.knows_tasks)
         self._submitter = Submitter(
             store=store,
             service=service,
@@ -183,7 +183,9 @@ class Dispatcher:
     async def _feed(self, rows: anyio.abc.TaskGroup) -> None:
         """Start rows in the order of what they are worth: paid ones first, new ones last."""
         for state in (State.IN_FLIGHT, State.FINISHED, State.SUBMITTING, State.IN_DOUBT, State.PLANNED):
-            while claimed := await self._claim(state):
+            last = 0
+            while claimed := await self._claim(state, after_seq=last):
+                last = claimed[-1].seq  # doubts that are held are given back: each is looked up once
                 for row in claimed:
                     if not await self._have_room():
                         return
@@ -198,11 +200,13 @@ class Dispatcher:
             await self._room.acquire()
         return not waiting.cancelled_caught
 
-    async def _claim(self, state: State) -> list[Row]:
+    async def _claim(self, state: State, *, after_seq: int) -> list[Row]:
         # on the way out, what runs at the service is still wanted when it is to be cancelled
         if self._sign.reason is not None and not (self._cancelling and state is State.IN_FLIGHT):
             return []
-        return await self._store.claim(state, limit=CLAIM, last_seq=self._limits.last_seq)
+        return await self._store.claim(
+            state, limit=CLAIM, after_seq=after_seq, last_seq=self._limits.last_seq
+        )
 
     async def _carry(self, row: Row) -> None:
         """Take a row from where it stands to where it rests, or leave it as it is."""
@@ -212,7 +216,10 @@ class Dispatcher:
                 after = await self._steps[step](row, slot)
                 if after is None:
                     break
-                self._progress.moved(row.state, after.state)
+                if row.present:
+                    self._progress.moved(row.state, after.state)
+                elif after.state is State.PLANNED:
+                    break  # nothing more is bought for it
                 row = after
         except errors.LeaseLost as error:
             self._progress.announce(Fact.NOTE, row, message=str(error))
@@ -316,12 +323,13 @@ class Dispatcher:
     async def _cancel_task(self, row: Row) -> Ended:
         """Cancel the row's task while it is queued, else kill it, and see it ended."""
         task_id = _open_attempt(row).task_id or ""
-        for order in (self._service.cancel, self._service.kill):
+        for order, is_last in ((self._service.cancel, False), (self._service.kill, True)):
             try:
                 await order(task_id)
             except errors.ServiceError as error:
                 self._progress.announce(Fact.NOTE, row, message=str(error))
-                continue
+                if not is_last:
+                    continue  # after the last one it is looked at all the same: its answer may be lost
             with anyio.move_on_after(CANCEL_S):
                 return await self._follow_task(row, age_s=1.0)
         return None, Left("the task could not be cancelled; it goes on at the service")
@@ -333,8 +341,9 @@ class Dispatcher:
         slot.give()
         result = await self._saver.save(row)
         if isinstance(result, Row):
-            self._progress.images += len(result.outputs)
-            self._progress.bytes += sum(output.size_bytes or 0 for output in result.outputs)
+            if row.present:
+                self._progress.images += len(result.outputs)
+                self._progress.bytes += sum(output.size_bytes or 0 for output in result.outputs)
             self._progress.announce(Fact.DONE, result, images=len(result.outputs))
             return result
         if isinstance(result, Unsaved) and self._sign.reason is None:

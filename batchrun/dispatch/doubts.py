@@ -6,7 +6,8 @@ doubt, and read again until each doubt is settled or cannot be.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -59,13 +60,23 @@ class Doubts:
     """Settles the doubtful submits of a run."""
 
     def __init__(
-        self, listings: Listings, known_tasks: Callable[[Collection[str]], Awaitable[set[str]]]
+        self,
+        listings: Listings,
+        known_tasks: Callable[[Collection[str]], Awaitable[Mapping[str, int | None]]],
+        knows_tasks: Callable[[], Awaitable[bool]],
     ) -> None:
+        """`known_tasks` tells which of some ids this run knows, each with its tool's number in the run.
+
+        `knows_tasks` tells whether it knows any at all.
+        """
         self._client = listings
         self._known_tasks = known_tasks
+        self._knows_tasks = knows_tasks
         self._cases: list[_Case] = []
         self._woken = anyio.Event()
         self._failing_since: float | None = None
+        #: The service's ids of the run's tools, as tasks of ours show them.
+        self._models: defaultdict[int, set[str]] = defaultdict(set)
 
     async def settle(
         self, doubt: Doubt, *, lost_at: float, busy: Callable[[], bool]
@@ -126,7 +137,7 @@ class Doubts:
         claimed = set(listing.claimed)
         for case in cases:
             current = replace(listing, claimed=claimed, earlier_at=case.correct_at)
-            answer = settle_doubt(case.doubt, current, lost_at=case.lost_at)
+            answer = settle_doubt(self._with_model(case.doubt), current, lost_at=case.lost_at)
             if case.correct_at is None and begun_at >= case.lost_at + GRACE_S:
                 case.correct_at = begun_at
             if isinstance(answer, LookAgain):
@@ -142,8 +153,11 @@ class Doubts:
         return wait_s
 
     async def _read(self, cases: list[_Case], begun_at: float) -> Listing:
+        """Read back to before the oldest doubt, and on to a task of ours where absence may be concluded."""
         tasks: dict[str, Task] = {}
         to_the_end, was_full = False, False
+        ours_expected = await self._knows_tasks()
+        to_ours = ours_expected and any(begun_at >= case.lost_at + GRACE_S for case in cases)
         for page in range(MAX_PAGES):
             found = await self._client.list_tasks(start=page * PAGE, limit=PAGE)
             if not found:
@@ -152,10 +166,19 @@ class Doubts:
                 break
             tasks |= {task.id: task for task in found if task.id not in tasks}
             was_full = len(found) >= PAGE
-            if all(any(is_older(case.doubt, task) for task in found) for case in cases):
+            is_deep = all(any(is_older(case.doubt, task) for task in found) for case in cases)
+            if is_deep and not (to_ours and not await self._known_tasks(list(tasks))):
                 break
         claimed = await self._known_tasks(list(tasks))
-        return Listing(list(tasks.values()), begun_at, to_the_end, claimed)
+        for task_id, tool in claimed.items():
+            if tool is not None and tasks[task_id].model_id:
+                self._models[tool].add(tasks[task_id].model_id)
+        return Listing(list(tasks.values()), begun_at, to_the_end, claimed, ours_expected=ours_expected)
+
+    def _with_model(self, doubt: Doubt) -> Doubt:
+        """The doubt with the service's id of its tool, where that is known for certain."""
+        models = self._models[doubt.tool]
+        return replace(doubt, model_id=next(iter(models))) if len(models) == 1 else doubt
 
     def _unreadable(self, cases: list[_Case], now: float, error: errors.ServiceError) -> None:
         self._failing_since = now if self._failing_since is None else self._failing_since

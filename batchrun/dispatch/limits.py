@@ -11,7 +11,7 @@ from random import Random
 
 import anyio
 
-from batchrun.rules.policy import BALANCE, backoff_s
+from batchrun.rules.policy import BALANCE, MAX_ASKED_S, backoff_s
 
 #: Without knowledge of the account, begin with this many tasks and add one for each accepted.
 FIRST_LIMIT = 8
@@ -19,8 +19,6 @@ FIRST_LIMIT = 8
 PROBE_S = (1.0, 60.0)
 #: So many submits in a row without a sound answer, over all rows, are an outage.
 OUTAGE = 4
-#: A wait that the service asks for is believed up to this long.
-MAX_ASKED_S = 3600.0
 #: Waiters look at the clock this often: a probe or a reopening may be due.
 LOOK_S = 0.5
 
@@ -186,11 +184,10 @@ class Gate:
         """The service answered as it should; a wait that it asked for is kept all the same."""
         self._in_a_row = 0
         self._troubles = 0
-        if anyio.current_time() < self._asked_until:
-            return
-        self.reason = None
-        self._until = 0.0
-        self._prober = None
+        self._prober = None  # whoever tried has its answer
+        if anyio.current_time() >= self._asked_until:
+            self.reason = None
+            self._until = 0.0
         self._announce()
 
     def shut(self, reason: str, *, probe: bool, after_s: float | None = None) -> None:

@@ -50,6 +50,7 @@ class Listing:
 
     async def begin(self) -> None:
         """Open the files where they are known to be true, or write them anew."""
+        await self._write_failed()  # rows asked for again are on their way
         mark = await self._store.listing_mark()
         known = bool(mark) and await anyio.to_thread.run_sync(self._open_at, mark)
         if known:

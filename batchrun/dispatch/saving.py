@@ -18,11 +18,11 @@ import anyio.to_thread
 
 from batchrun import errors
 from batchrun.model import Failure, Output, Row, Task
-from batchrun.outputs.disk import free_bytes
+from batchrun.outputs.disk import disk_errors, free_bytes, sync_folder
 from batchrun.outputs.save import Fetch, Partial, Saved, adopt, download, publish, sweep
 from batchrun.progress import Fact, Progress
 from batchrun.rules.naming import image_base, image_path, partial_path
-from batchrun.rules.policy import Fail, after_download
+from batchrun.rules.policy import Fail, Troubles, after_download, are_gone
 from batchrun.store.store import Store
 
 #: Downloads begin only while this much of the disk is free beside what they declare.
@@ -105,20 +105,15 @@ class Saver:
         return done
 
     async def _save_output(self, row: Row, output: Output, *, held: bool) -> Unsaved | None:
-        """Fetch until the image is whole, then publish and record it."""
+        """Fetch until the image is whole under its final name, then record it."""
         base = self._folder / image_base(row.seq, row.name, output.index)
         saved = None if held else await adopt(base, output.declared_bytes)
         if saved is None:
-            result = await self._fetch(row, output)
+            result = await self._fetch(row, output, held=held)
             if isinstance(result, Unsaved):
                 return result
             saved = result
-        final = image_path(row.seq, row.name, output.index, saved.facts.extension)
-        if held:
-            final = f"pending/{row.seq}-{row.generation}-{output.index}.{saved.facts.extension}"
-        self._progress.announce(Fact.DOWNLOADED, row, index=output.index)
-        if saved.path != self._folder / final:
-            await publish(saved, self._folder / final)
+        final = _final_path(row, output, saved, held=held)
         self._progress.announce(Fact.PUBLISHED, row, index=output.index, path=final)
         for warning in saved.warnings:
             self._warn(row, warning)
@@ -135,29 +130,31 @@ class Saver:
         self._progress.announce(Fact.SAVED, row, index=output.index, path=final, bytes=saved.size_bytes)
         return None
 
-    async def _fetch(self, row: Row, output: Output) -> Saved | Unsaved:
+    async def _fetch(self, row: Row, output: Output, *, held: bool) -> Saved | Unsaved:
+        """The image under its final name; Unsaved when it cannot be had, or cannot be put there."""
         partial = Partial(self._folder / partial_path(row.seq, row.name, output.index))
-        begun_at = anyio.current_time()
-        troubles = 0
+        met = Troubles()
+        missing_since: float | None = None
         accept: str | None = None
         while True:
             try:
                 async with self._limiter:
                     await self._check_disk(output)
-                    return await download(
+                    saved = await download(
                         self._source.fetch,
                         output,
                         partial,
                         max_bytes=self._max_image_bytes,
                         accept_sha256=accept,
                     )
+                self._progress.announce(Fact.DOWNLOADED, row, index=output.index)
+                await publish(saved, self._folder / _final_path(row, output, saved, held=held))
+                return saved
             except errors.DiskError:
                 raise
             except (errors.ServiceError, errors.OutputError) as error:
-                troubles += 1
-                next_ = after_download(
-                    error, troubles=troubles, elapsed_s=anyio.current_time() - begun_at, rng=self._rng
-                )
+                troubles, elapsed_s = met.add(error, now=anyio.current_time())
+                next_ = after_download(error, troubles=troubles, elapsed_s=elapsed_s, rng=self._rng)
                 self._progress.announce(Fact.NOTE, row, message=f"image {output.index}: {error}")
             if isinstance(next_, Fail):
                 partial.discard()
@@ -166,9 +163,10 @@ class Saver:
             await anyio.sleep(next_.after_s)
             if next_.refresh:
                 refreshed = await self._refresh(row, output)
-                if isinstance(refreshed, Unsaved):
-                    return refreshed
-                output = refreshed
+                missing_since = None if refreshed is not None else missing_since or anyio.current_time()
+                if missing_since and are_gone(missing_for_s=anyio.current_time() - missing_since):
+                    return Unsaved(Failure("images gone", "the service has deleted the task's images"))
+                output = refreshed or output
 
     async def _check_disk(self, output: Output) -> None:
         wanted = (output.declared_bytes or 0) + SPARE_BYTES
@@ -178,8 +176,8 @@ class Saver:
                 f"the disk is nearly full ({free / 1e6:.0f} MB left): make room, then run again"
             )
 
-    async def _refresh(self, row: Row, output: Output) -> Output | Unsaved:
-        """The output with the address the service gives now."""
+    async def _refresh(self, row: Row, output: Output) -> Output | None:
+        """The output with the address the service gives now; None when it shows no images of the task."""
         attempt = row.attempt
         assert attempt is not None
         assert attempt.task_id is not None
@@ -193,7 +191,7 @@ class Saver:
             return output
         fresh = [remote for remote in task.outputs if remote.url]
         if not fresh and task.status == "task_postprocess_end":
-            return Unsaved(Failure("images gone", "the service has deleted the task's images"))
+            return None
         if len(fresh) != len(row.outputs):
             return output
         await self._store.refresh_outputs(row.seq, fresh)
@@ -219,20 +217,32 @@ class Saver:
         return moved
 
     def _move_all(self, moves: Sequence[tuple[str, str]]) -> None:
-        """Move files in order; one whose target exists was moved before a crash."""
+        """Move files in order, durably; one whose target exists was moved before a crash."""
+        touched: set[Path] = set()
         for source, target in moves:
             old, new = self._folder / source, self._folder / target
+            touched |= {folder for path in (old, new) for folder in path.relative_to(self._folder).parents}
             if new.exists() or not old.exists():
                 continue
-            try:
+            with disk_errors("move", old):
                 new.parent.mkdir(parents=True, exist_ok=True)
                 old.rename(new)
-            except OSError as error:
-                raise errors.DiskError(f"cannot move {old} to {new}: {error.strerror}") from error
+        for folder in (self._folder / place for place in touched):
+            if folder.is_dir():
+                with disk_errors("write", folder):
+                    sync_folder(folder)
 
     def _warn(self, row: Row, message: str) -> None:
         self._progress.warnings += 1
         self._progress.announce(Fact.NOTE, row, message=message)
+
+
+def _final_path(row: Row, output: Output, saved: Saved, *, held: bool) -> str:
+    """Where an image goes, relative to the run's folder; `held`: to wait for the others of its row."""
+    extension = saved.facts.extension
+    if held:
+        return f"pending/{row.seq}-{row.generation}-{output.index}.{extension}"
+    return image_path(row.seq, row.name, output.index, extension)
 
 
 def _first(faults: BaseExceptionGroup[errors.BatchrunError]) -> errors.BatchrunError:

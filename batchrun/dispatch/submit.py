@@ -90,9 +90,9 @@ class Submitter:
         self._rng = rng
         #: Submits under way, by what they ask for.
         self._under_way: Counter[bytes] = Counter()
-        #: When a doubtful submit can last have been running, in monotonic seconds.
+        #: When a doubtful submit of this process can last have been running, in monotonic seconds.
         self._lost_at: dict[int, float] = {}
-        #: How often a row's submit was refused in a row, and since when.
+        #: How often in a row a row's submit met trouble at the server, and since when.
         self._refusals: dict[int, tuple[int, float]] = {}
         #: Tools the service says it does not have; None until a second answer confirms it.
         self._missing_tools: dict[int, Failure | None] = {}
@@ -102,21 +102,20 @@ class Submitter:
     async def submit(self, row: Row, slot: Slot) -> Row | None:
         """Submit the row once there is a slot and the service is well; None when the run stops before."""
         slot.give()  # a row that tries again queues again
-        gone = self._missing_tools.get(row.tool)
-        if gone is not None:
-            return await self._reject(row, gone)
         binder = await self._binder_of(row.tool)
-        with self._sign.wait() as waiting:
-            await slot.take()
+        with self._sign.wait():
             body = await self._body(row, binder)
-        if waiting.cancelled_caught:
+            if not isinstance(body, Failure):
+                await slot.take()
+                probe = await self._gate.pass_through()
+        if self._sign.reason is not None:  # also where nothing above had to wait
             return None
         if isinstance(body, Failure):
             return await self._reject(row, body)
-        with self._sign.wait() as waiting:
-            probe = await self._gate.pass_through()
-        if waiting.cancelled_caught:
-            return None
+        gone = self._missing_tools.get(row.tool)
+        if gone is not None:
+            self._gate.unsure(probe=probe)
+            return await self._reject(row, gone)
         return await self._send(row, slot, binder.tool.run_path, body, probe=probe)
 
     async def _send(
@@ -141,6 +140,8 @@ class Submitter:
             raise
         finally:
             self._under_way[asked_for] -= 1
+        if after.state is State.IN_DOUBT:  # another row's look-up was answered with our task
+            self._lost_at[row.seq] = anyio.current_time()
         self._accepted(row, accepted)
         return after
 
@@ -158,6 +159,10 @@ class Submitter:
         now = anyio.current_time()
         tries, since = self._refusals.get(row.seq, (0, now))
         decision = after_submit(error, refused_for_s=now - since, tries=tries + 1, rng=self._rng)
+        if isinstance(decision, Retry):
+            self._refusals[row.seq] = (tries + 1, since)
+        else:  # waiting for a slot, for money or for a service that is back is no trouble of the row's
+            self._refusals.pop(row.seq, None)
         if isinstance(decision, Doubt):
             self._gate.trouble(UNREACHABLE, probe=probe)
             self._lost_at[row.seq] = now
@@ -168,7 +173,6 @@ class Submitter:
             return await self._reject(row, decision.failure)
         row = await self._store.withdraw(row.seq)
         self._progress.announce(Fact.WITHDRAWN, row, message=str(error))
-        self._refusals[row.seq] = (tries + 1, since)
         wait_s = await self._learn(decision, probe=probe)
         if wait_s:
             slot.give()
@@ -217,7 +221,7 @@ class Submitter:
         """What is sent for a row; its local images are uploaded first."""
         try:
             uploads = await self._uploads.addresses(row.given)
-        except (errors.RequestRejected, errors.NotFound, errors.UsageError) as error:
+        except errors.UsageError as error:
             return Failure("input image", str(error))
         return binder.body(row.given, uploads=uploads, seed_key=row.key)
 
@@ -244,7 +248,8 @@ class Submitter:
             case Absent():
                 self._progress.announce(Fact.ABSENT, row)
                 return await self._store.record_absent(row.seq)
-        if self._give_up_doubt(row):
+        # the user's word is about doubts that were there when it was given
+        if row.seq not in self._lost_at and self._give_up_doubt(row):
             return await self._store.give_up_doubt(row.seq)
         reason = answer.reason if isinstance(answer, Hold) else answer.message
         message = f"a submit may have reached the service: {reason}"
@@ -254,21 +259,26 @@ class Submitter:
 
     async def _settle(self, row: Row, slot: Slot, body: Mapping[str, Value]) -> Adopt | Absent | Hold:
         """Look the submit up; its slot is held only while its task, if there is one, may be active."""
-        lost_at = self._lost_at.setdefault(row.seq, anyio.current_time())
 
         async def give_in_time() -> None:
             usual_s = self._usual_time_s(row.tool)
             await anyio.sleep(2 * usual_s if usual_s is not None else UNKNOWN_TIME_S)
             slot.give()
 
+        answer: Adopt | Absent | Hold | errors.CredentialsRefused
         async with anyio.create_task_group() as group:
             group.start_soon(give_in_time)
-            answer = await self._doubts.settle(
-                _lost_submit(row, body),
-                lost_at=lost_at,
-                busy=lambda: self._under_way[_print_of(body)] > 0,
-            )
+            try:
+                answer = await self._doubts.settle(
+                    _lost_submit(row, body),
+                    lost_at=self._lost_at.get(row.seq, anyio.current_time()),
+                    busy=lambda: self._under_way[_print_of(body)] > 0,
+                )
+            except errors.CredentialsRefused as error:
+                answer = error  # raised below: here it would come out as a group
             group.cancel_scope.cancel()
+        if isinstance(answer, errors.CredentialsRefused):
+            raise answer
         return answer
 
 
@@ -276,7 +286,7 @@ def _lost_submit(row: Row, body: Mapping[str, Value]) -> LostSubmit:
     attempt = row.attempt
     assert attempt is not None
     given = [name for name in row.given if name in body]
-    return LostSubmit(body, given, attempt.after_task, attempt.intent_server_at)
+    return LostSubmit(body, given, attempt.after_task, attempt.intent_server_at, row.tool)
 
 
 def _print_of(body: Mapping[str, Value]) -> bytes:

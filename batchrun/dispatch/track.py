@@ -17,7 +17,15 @@ import anyio
 from batchrun import errors
 from batchrun.model import Task
 from batchrun.rules.pace import Durations, next_look_s
-from batchrun.rules.policy import UNKNOWN_PATIENCE_S, Running, Succeeded, Verdict, backoff_s, judge
+from batchrun.rules.policy import (
+    MAX_ASKED_S,
+    UNKNOWN_PATIENCE_S,
+    Running,
+    Succeeded,
+    Verdict,
+    backoff_s,
+    judge,
+)
 
 #: Looks under way at once.
 MAX_LOOKS = 16
@@ -176,7 +184,7 @@ class Tracker:
     def _trouble(self, watch: _Watch, asked_s: float | None) -> float:
         watch.troubles += 1
         own_s = 0.5 + backoff_s(watch.troubles, base_s=0.5, cap_s=30.0, rng=self._rng)
-        return own_s if asked_s is None else max(0.5, asked_s)
+        return own_s if asked_s is None else min(max(0.5, asked_s), MAX_ASKED_S)
 
     @staticmethod
     def _end(watch: _Watch, task: Task | None, verdict: Verdict | Left) -> None:

@@ -15,8 +15,11 @@ import anyio.to_thread
 
 from batchrun import errors
 from batchrun.model import LocalImage, Value
-from batchrun.rules.policy import backoff_s
+from batchrun.rules.policy import Fail, Troubles, after_upload
 from batchrun.store.store import Store
+
+#: Files on their way to the service at once.
+MAX_UPLOADS = 4
 
 
 class Uploading(Protocol):
@@ -36,11 +39,12 @@ class Uploads:
         self._path_of = path_of
         self._rng = rng
         self._turns: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
+        self._limiter = anyio.CapacityLimiter(MAX_UPLOADS)
 
     async def addresses(self, given: Mapping[str, Value | LocalImage]) -> dict[str, str]:
         """The address of every local image a row gives, by SHA-256; uploads what is not there yet.
 
-        Raises UsageError or RequestRejected when an image cannot be sent, CredentialsRefused.
+        Raises UsageError when an image cannot be sent, CredentialsRefused.
         """
         images = [value for value in given.values() if isinstance(value, LocalImage)]
         return {image.sha256: await self._address(image) for image in images}
@@ -57,18 +61,20 @@ class Uploads:
             return url
 
     async def _upload(self, path: Path, image: LocalImage) -> str:
-        """Try until the service is well enough: an upload costs nothing."""
-        troubles = 0
+        """Try until the service is well enough, or has refused the image for good."""
+        met = Troubles()
         while True:
             try:
-                return await self._service.upload(path, path.name, image.size_bytes)
-            except (errors.CredentialsRefused, errors.RequestRejected, errors.NotFound):
+                async with self._limiter:
+                    return await self._service.upload(path, path.name, image.size_bytes)
+            except errors.CredentialsRefused:
                 raise
             except errors.ServiceError as error:
-                troubles += 1
-                asked_s = getattr(error, "retry_after_s", None)
-                own_s = 0.2 + backoff_s(troubles, base_s=1.0, cap_s=60.0, rng=self._rng)
-                await anyio.sleep(min(300.0, asked_s) if asked_s is not None else own_s)
+                troubles, elapsed_s = met.add(error, now=anyio.current_time())
+                next_ = after_upload(error, troubles=troubles, elapsed_s=elapsed_s, rng=self._rng)
+                if isinstance(next_, Fail):
+                    raise errors.UsageError(f'"{image.path}" cannot be sent: {error}') from error
+            await anyio.sleep(next_.after_s)
 
 
 def _check_unchanged(path: Path, image: LocalImage) -> None:

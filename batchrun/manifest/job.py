@@ -102,6 +102,14 @@ def _axis_name(name: str) -> str:
     return name
 
 
+def _set_name(name: str) -> str:
+    if name == "id":
+        raise ValueError("cannot be the same for all rows; take it out, or map it: id = the column's name")
+    if name == "tool":
+        raise ValueError("is no parameter; write the tool of all rows as tool (--tool)")
+    return name
+
+
 def _spec(value: Any) -> Any:
     value = _json_value(value)
     try:
@@ -131,6 +139,7 @@ Count = Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)]
 Bytes = Annotated[StrictInt, Field(ge=1, le=2**40)]
 Name = Annotated[StrictStr, Field(min_length=1)]
 AxisName = Annotated[Name, AfterValidator(_axis_name)]
+SetName = Annotated[Name, AfterValidator(_set_name)]
 JsonValue = Annotated[Any, BeforeValidator(_json_value)]
 
 
@@ -143,7 +152,7 @@ class Job(BaseModel):
         description='The file of rows (csv, tsv, jsonl, json, each also .gz), or "-" for standard input.'
     )
     tool: Name | None = Field(None, description="The tool of every row that names none itself.")
-    set: dict[Name, JsonValue] = Field(
+    set: dict[SetName, JsonValue] = Field(
         default_factory=dict, description="Parameter → value for every row that does not give it itself."
     )
     map: dict[Name, Name] = Field(
@@ -416,6 +425,8 @@ def _option(key: tuple[str, ...]) -> str:
     """A key as the command line knows it: `--max-concurrency`, `--set seed`."""
     if not key:
         return "job"
+    if key == ("repeat",):
+        return "--expand repeat"
     return " ".join((f"--{key[0].replace('_', '-')}", *key[1:]))
 
 

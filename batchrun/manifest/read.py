@@ -79,6 +79,8 @@ def _format_of(source: Path | BinaryIO, shown: str, format: str | None) -> str:
         return format
     if not isinstance(source, Path):
         raise UsageError(f"{shown}: standard input needs its format; write --format with one of {forms}")
+    if source.is_dir():
+        raise UsageError(f"{shown}: is a folder; write the path of a manifest in it")
     ending = Path(source.name.lower().removesuffix(".gz")).suffix
     if ending not in ENDINGS:
         said = f'the ending "{ending}"' if ending else "a name without ending"
@@ -254,7 +256,8 @@ class Manifest:
         if len(row) < len(columns):
             missing = [name for name in columns[len(row) :] if name]
             some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            told = f"{len(row)} cells for {len(columns)} columns; empty: {some or 'unnamed columns'}"
+            cells_given = "1 cell" if len(row) == 1 else f"{len(row)} cells"
+            told = f"{cells_given} for {len(columns)} columns; empty: {some or 'unnamed columns'}"
             yield self._problem(told, line, Severity.WARNING)
         yield SourceRow(line, cells)
 

@@ -59,8 +59,8 @@ class Hints:
                 yield _hint(
                     file,
                     "seed",
-                    f"{same} in all {self._requests[slug]:,} rows of {slug}; for a seed of its own in each row "
-                    "use --expand seed=random",
+                    f"{same} in all {self._requests[slug]:,} rows of {slug}; "
+                    "for a seed of its own in each row use --expand seed=random",
                 )
         if identical:
             yield _hint(

@@ -1,4 +1,4 @@
-"""What makes a row the same row: hashes of what it asks for, never of defaults, tool versions or addresses. Pure."""
+"""What makes a row the same row: hashes of what it asks for, never of defaults, tools or addresses. Pure."""
 
 from __future__ import annotations
 

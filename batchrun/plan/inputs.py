@@ -1,4 +1,4 @@
-"""Local input images named by rows: found, confined to the manifest's folder, proved to be images, hashed once."""
+"""Local input images named by rows: found, kept to the manifest's folder, proved to be images, hashed."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def estimate(
     if totals and len(totals) == len(prices):
         low, high = min(totals), max(totals)
         return Estimate(tool, rows, images, high, range_usd=None if low == high else (low, high))
-    if approximate_usd is not None:
+    if approximate_usd:  # a tool that never ran has an average of 0, which says nothing
         return Estimate(tool, rows, images, approximate_usd * rows, is_price=False)
     return Estimate(tool, rows, images, None)
 

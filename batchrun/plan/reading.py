@@ -18,7 +18,7 @@ from batchrun.errors import ManifestError, UsageError
 from batchrun.manifest.expand import Axis, Expansion
 from batchrun.manifest.job import Job
 from batchrun.manifest.json_text import encode
-from batchrun.model import Cell, Problem, Request, Severity, SourceRow, Tool
+from batchrun.model import Cell, Problem, Severity, SourceRow, Tool
 from batchrun.plan.hints import Hints
 from batchrun.plan.identity import content_hash
 from batchrun.plan.inputs import LocalImages
@@ -79,6 +79,28 @@ class Findings:
             kept.append(problem)
 
 
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A manifest row on its way to requests."""
+
+    row: SourceRow
+    id: str | None
+    used: _ToolInUse
+    #: What it carries beside parameters.
+    extra: Mapping[str, Cell]
+    #: Columns that make it wrong.
+    faults: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Stranger:
+    """A column that is no parameter of the tool of some rows."""
+
+    #: (line, the tool's name) of those rows, as far as they are kept.
+    places: list[tuple[int, str]] = field(default_factory=list)
+    rows: int = 0
+
+
 @dataclass(slots=True)
 class _ToolInUse:
     tool: Tool
@@ -114,6 +136,7 @@ class Reading:
         self._useful: set[str] = {ID, TOOL}
         self._unseen_columns = set(job.map.values())
         self._expanded = 0
+        self._strangers: dict[str, _Stranger] = {}
 
     def read(self, manifest: Rows) -> None:
         """Read to the end; `findings` then says what is wrong, and the planning holds the rows."""
@@ -130,6 +153,7 @@ class Reading:
             self._row(item, blank)
         self._unseen_columns -= set(manifest.columns or ())
         self.findings.fatal = self.findings.fatal or not manifest.complete
+        self._tell_strangers()
         self._check_names()
         _, self.images, _, identical = self._planning.summary()
         self._check_ids()
@@ -162,8 +186,6 @@ class Reading:
         for name, value in self._job.set.items():
             if used.binder.knows(name) and cells.get(name) is None:
                 cells[name] = value
-        for fault in faults:
-            self.findings.add(fault)
         try:
             expansion = self._expansion(cells, used)
         except UsageError as error:
@@ -175,75 +197,55 @@ class Reading:
             if self._expanded > self._job.max_requests:
                 self._too_many(row.line)
                 return
+        line = _Line(row, id_, used, extra, faults)
         for n, overlay in expansion:
             self._request(
-                row,
-                id_,
-                used,
-                {**cells, **overlay},
-                extra,
-                overlay,
-                n if expansion.size > 1 else 0,
-                blank_is_default,
-                faults,
+                line, {**cells, **overlay}, overlay, n if expansion.size > 1 else 0, blank_is_default
             )
 
     def _request(
         self,
-        row: SourceRow,
-        id_: str | None,
-        used: _ToolInUse,
+        line: _Line,
         cells: Mapping[str, Cell],
-        extra: Mapping[str, Cell],
         overlay: Mapping[str, Cell],
         n: int,
         blank_is_default: bool,
-        faults: list[Problem],
     ) -> None:
+        """One request of a row; `n` is its number when the row stands for several, else 0."""
+        row, used = line.row, line.used
         self.requests += 1
         self.rows_by_tool[used.tool.slug] += 1
-        own_id = f"{id_}.{n}" if id_ is not None and n else id_
-        source = self._source(row, own_id, overlay) if n else row.cells
+        id_ = f"{line.id}.{n}" if line.id is not None and n else line.id
+        source = self._source(row, id_, overlay) if n else row.cells
         try:
             request = used.binder.bind(cells, blank_is_default=blank_is_default, read_image=self._images.read)
         except ManifestError as error:
             for problem in error.problems:
                 self.findings.add(self._placed(problem, row))
-            self._stage_invalid(
-                row.line, own_id, source, "; ".join(str(problem) for problem in error.problems)
-            )
+            wrong = (*line.faults, *(str(problem) for problem in error.problems))
+            self._stage_invalid(row.line, id_, source, "; ".join(wrong))
             return
         for problem in request.problems:
             self.findings.add(self._placed(problem, row))
-        if faults:
-            self._stage_invalid(row.line, own_id, source, "; ".join(str(fault) for fault in faults))
+        if line.faults:
+            self._stage_invalid(row.line, id_, source, "; ".join(line.faults))
             return
         self._hints.request(used.tool, request)
-        self._planning.stage(self._staged(row, own_id, used, request, extra, overlay, source))
-
-    def _staged(
-        self,
-        row: SourceRow,
-        id_: str | None,
-        used: _ToolInUse,
-        request: Request,
-        extra: Mapping[str, Cell],
-        overlay: Mapping[str, Cell],
-        source: Mapping[str, Cell],
-    ) -> Staged:
         content = content_hash(used.tool.run_path, request.given)
         by_set = {name for name in self._job.set if name not in overlay and self._given(row, name) is None}
         own = content_hash(used.tool.run_path, request.given, without=by_set) if by_set else content
-        return Staged(
-            line=row.line,
-            id=id_,
-            content=content,
-            own=own,
-            tool=used.number,
-            given=given_to_json(request.given),
-            extra=encode(dict(extra)) if extra else "{}",
-            images=request.images,
-            cells=encode(dict(source)),
+        self._planning.stage(
+            Staged(
+                line=row.line,
+                id=id_,
+                content=content,
+                own=own,
+                tool=used.number,
+                given=given_to_json(request.given),
+                extra=encode(dict(line.extra)) if line.extra else "{}",
+                images=request.images,
+                cells=encode(dict(source)),
+            )
         )
 
     def _given(self, row: SourceRow, parameter: str) -> Cell:
@@ -298,30 +300,20 @@ class Reading:
 
     def _extra(
         self, row: SourceRow, unknown: Mapping[str, Cell], used: _ToolInUse
-    ) -> tuple[dict[str, Cell], list[Problem]]:
+    ) -> tuple[dict[str, Cell], tuple[str, ...]]:
         """What the row carries beside parameters, and what is wrong with that."""
         if not unknown:
-            return {}, []
+            return {}, ()
         if self._job.extra != "error":
             self._hints.unused(unknown)
-            return (dict(unknown) if self._job.extra == "keep" else {}), []
-        faults = []
-        for name, cell in unknown.items():
-            if cell is None:
-                continue
-            near = closest(name, used.binder.names)
-            advice = f"did you mean {near}? " if near else ""
-            column = self._job.map.get(name, name)
-            faults.append(
-                Problem(
-                    f"is no parameter of {used.tool.slug}; {advice}"
-                    "(--extra keep carries such columns to the results, --extra drop leaves them out)",
-                    self._name,
-                    row.line,
-                    column,
-                )
-            )
-        return {}, faults
+            return (dict(unknown) if self._job.extra == "keep" else {}), ()
+        names = [name for name, cell in unknown.items() if cell is not None]
+        for name in names:
+            stranger = self._strangers.setdefault(name, _Stranger())
+            stranger.rows += 1
+            if len(stranger.places) < MAX_PROBLEMS:
+                stranger.places.append((row.line, used.tool.slug))
+        return {}, tuple(f"{name}: is no parameter of {used.tool.slug}" for name in names)
 
     def _expansion(self, cells: Mapping[str, Cell], used: _ToolInUse) -> Expansion:
         axes = [axis for axis in self._axes if used.binder.knows(axis.name)]
@@ -352,10 +344,31 @@ class Reading:
             self._problem(
                 line,
                 "",
-                f"the expansion makes more than {self._job.max_requests:,} requests; narrow it, or allow it with "
-                "--max-requests N",
+                f"the expansion makes more than {self._job.max_requests:,} requests; "
+                "narrow it, or allow it with --max-requests N",
             )
         self.findings.fatal = True
+
+    def _tell_strangers(self) -> None:
+        """A column that no tool knows is one mistake, however many rows it has."""
+        for name, stranger in self._strangers.items():
+            column = self._job.map.get(name, name)
+            if name in self._useful:
+                for line, slug in stranger.places:
+                    self._problem(
+                        line, column, f"is a parameter of another tool, not of {slug}; leave it empty"
+                    )
+                continue
+            line, slug = stranger.places[0]
+            near = closest(name, self._useful)
+            advice = f"did you mean {near}? " if near else ""
+            rows = f" ({stranger.rows:,} rows)" if stranger.rows > 1 else ""
+            self._problem(
+                line,
+                column,
+                f"is no parameter of {slug}{rows}; {advice}"
+                "--extra keep carries such columns to the results, --extra drop leaves them out",
+            )
 
     def _check_names(self) -> None:
         """Names of the settings that no tool of the manifest knows are mistakes."""

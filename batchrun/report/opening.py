@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 #: Warnings, and errors, said one by one.
 WARNINGS_SAID = 20
 ERRORS_SAID = 50
+#: Further lines named of a problem that several rows share.
+LINES_NAMED = 5
 
 
 def planned(
@@ -111,21 +113,46 @@ def _price(estimate: Estimate | None) -> str:
 
 def remarks(findings: Findings) -> Iterator[Line]:
     """Warnings and hints, the first of them one by one."""
-    for warning in findings.warnings[:WARNINGS_SAID]:
-        yield f"warning: {plain(str(warning))}", "yellow"
-    if findings.warning_count > WARNINGS_SAID:
-        yield f"and {count(findings.warning_count - WARNINGS_SAID, 'more warning')}", "yellow"
+    said, left = _said(findings.warnings, findings.warning_count, most=WARNINGS_SAID)
+    for warning in said:
+        yield f"warning: {warning}", "yellow"
+    if left:
+        yield f"and {count(left, 'more warning')}", "yellow"
     for hint in findings.hints[:WARNINGS_SAID]:
         yield f"hint: {plain(str(hint))}", "cyan"
 
 
 def errors(problems: Sequence[Problem], *, total: int | None = None) -> Iterator[Line]:
     """Errors as `file:line: column: what is wrong, what to write`; `total` is how many there are in all."""
-    for problem in problems[:ERRORS_SAID]:
-        yield plain(str(problem)), "red"
-    more = max(total or 0, len(problems)) - ERRORS_SAID
-    if more > 0:
-        yield f"and {more:,} more", "red"
+    said, left = _said(problems, max(total or 0, len(problems)), most=ERRORS_SAID)
+    for error in said:
+        yield error, "red"
+    if left:
+        yield f"and {left:,} more", "red"
+
+
+def _said(problems: Iterable[Problem], total: int, *, most: int) -> tuple[list[str], int]:
+    """The first `most` different problems, and how many of `total` remain unsaid.
+
+    What is wrong with the whole manifest comes first, since other problems may only follow from it. A fault
+    that many rows share (a column that is no parameter) is said once, lest it hide the others.
+    """
+    alike: dict[tuple[str, str, str], list[Problem]] = {}
+    for problem in sorted(problems, key=lambda each: each.line > 0):
+        alike.setdefault((problem.file, problem.column, problem.message), []).append(problem)
+    groups = list(alike.values())[:most]
+    return [_shared(group) for group in groups], total - sum(map(len, groups))
+
+
+def _shared(group: Sequence[Problem]) -> str:
+    """A problem at its first place, and the other lines that have it."""
+    lines = list(dict.fromkeys(problem.line for problem in group))[1:]
+    text = plain(str(group[0]))
+    if not lines:
+        return text
+    named = ", ".join(map(str, lines[:LINES_NAMED]))
+    more = f" and {len(lines) - LINES_NAMED:,} more" if len(lines) > LINES_NAMED else ""
+    return f"{text} [the same in {'lines' if len(lines) > 1 else 'line'} {named}{more}]"
 
 
 def to_json(problems: Iterable[Problem]) -> list[dict[str, object]]:

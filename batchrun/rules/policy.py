@@ -21,6 +21,8 @@ OUTPUTS_PATIENCE_S = 30.0
 ERROR_PATIENCE_S = 120.0
 #: A task the service does not know for this long is held for the user.
 UNKNOWN_PATIENCE_S = 120.0
+#: A wait that the service asks for is believed up to this long.
+MAX_ASKED_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ BALANCE = "the balance is exhausted"
 def after_submit(
     error: errors.ServiceError, *, refused_for_s: float, tries: int, rng: Random
 ) -> SubmitDecision:
-    """What follows a failed submit; `tries` counts this row's refusals (from 1) over `refused_for_s` seconds."""
+    """What follows a failed submit; the server had trouble `tries` times in a row over `refused_for_s`."""
     match error:
         case errors.CredentialsRefused():
             return Stop(str(error))
@@ -100,6 +102,38 @@ def after_submit(
             return Retry(backoff_s(tries, base_s=1.0, cap_s=60.0, rng=rng), str(error))
         case _:
             return Doubt(str(error))
+
+
+def after_upload(error: errors.ServiceError, *, troubles: int, elapsed_s: float, rng: Random) -> Retry | Fail:
+    """What follows a failed upload; it failed in this way `troubles` times (from 1) over `elapsed_s`.
+
+    An upload costs nothing: it is repeated, but not for ever where the service refuses this very image.
+    """
+    own_s = 0.2 + backoff_s(troubles, base_s=1.0, cap_s=60.0, rng=rng)
+    match error:
+        case errors.RequestRejected() | errors.NotFound():
+            return Fail(Failure("input image", str(error)))
+        case errors.RateLimited() | errors.ServerFault() if error.retry_after_s is not None:
+            return Retry(min(error.retry_after_s, MAX_ASKED_S), str(error))
+        case errors.ServerFault() if error.acted and (error.status or 500) >= 500:
+            return Retry(own_s, str(error))
+        case errors.ServerFault() | errors.ProtocolError() if elapsed_s >= REFUSAL_PATIENCE_S:
+            return Fail(Failure("input image", str(error)))
+        case _:
+            return Retry(own_s, str(error))
+
+
+class Troubles:
+    """Failures of one endeavour by kind: an outage is no reason to give up a bad address sooner."""
+
+    def __init__(self) -> None:
+        self._met: dict[type[Exception], tuple[int, float]] = {}
+
+    def add(self, error: Exception, *, now: float) -> tuple[int, float]:
+        """How many failures of this kind there are with this one, and for how many seconds now."""
+        count, since = self._met.get(type(error), (0, now))
+        self._met[type(error)] = count + 1, since
+        return count + 1, now - since
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +184,7 @@ def judge(task: Task, *, in_status_for_s: float) -> Verdict:
         case "task_cancel":
             return TaskFailed(Failure("cancelled at the service", "the task was cancelled at the service"))
         case "task_error" | "task_error_full":
-            # a log line on its way to the end, or the end of a task that never ran: time or its own facts tell
+            # a log line on its way, or the end of a task that never ran: time or its own facts tell
             confirmed = task.ended_at is not None or task.pexit not in ("0", None)
             if confirmed or in_status_for_s >= ERROR_PATIENCE_S:
                 return TaskFailed(_task_failure(task))
@@ -164,6 +198,11 @@ def _task_failure(task: Task) -> Failure:
     return Failure(
         "task failed", f"the task failed (pexit {task.pexit or 'none'})" + (f": {said}" if said else "")
     )
+
+
+def are_gone(*, missing_for_s: float) -> bool:
+    """Whether images that a task showed before, and does not show for so long, are gone for good."""
+    return missing_for_s >= OUTPUTS_PATIENCE_S
 
 
 def charged(task: Task) -> Decimal | None:
@@ -233,7 +272,7 @@ class Refetch:
 def after_download(
     error: errors.BatchrunError, *, troubles: int, elapsed_s: float, rng: Random
 ) -> Refetch | Fail:
-    """What follows a failed download; `troubles` counts this output's failures (from 1) over `elapsed_s`.
+    """What follows a failed download; it failed in this way `troubles` times (from 1) over `elapsed_s`.
 
     Never a new task: what was paid for is fetched, or the row fails and says so.
     """
@@ -256,6 +295,6 @@ def after_download(
                 return Fail(Failure("download failed", str(error)))
             return Refetch(wait_s)
         case errors.RateLimited():
-            return Refetch(max(wait_s, error.retry_after_s or 1.0))
+            return Refetch(max(wait_s, min(error.retry_after_s or 1.0, MAX_ASKED_S)))
         case _:
             return Fail(Failure("download failed", str(error)))

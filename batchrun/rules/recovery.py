@@ -60,7 +60,8 @@ class Doubt:
     after_task: int | None
     #: The service's time at the intent by its Date header, None when unknown.
     intent_server_at: float | None
-    #: The service's id of the tool, "" when not learned yet.
+    #: The number of the tool in the run, and the service's id of it, "" when not learned yet.
+    tool: int = 0
     model_id: str = ""
 
 
@@ -162,6 +163,8 @@ class Listing:
     claimed: Collection[str]
     #: Seconds (monotonic) when an earlier correct reading was begun; None when there was none.
     earlier_at: float | None = None
+    #: Whether this run knows any task: a listing without one of them then proves nothing.
+    ours_expected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +210,8 @@ def settle_doubt(doubt: Doubt, listing: Listing, *, lost_at: float) -> Adopt | A
         return Hold("the listing does not reach back to before the submit")
     if listing.claimed:
         return Absent()
+    if listing.ours_expected:
+        return Hold("the listing shows none of this run's tasks")
     if listing.earlier_at is None or listing.earlier_at < lost_at + GRACE_S:
         return LookAgain(SECOND_LOOK_S)  # an answer during the grace proves nothing
     waited_s = listing.begun_at - listing.earlier_at

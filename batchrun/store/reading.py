@@ -117,11 +117,15 @@ def has_work(connection: sqlite3.Connection) -> bool:
     )
 
 
-def known_tasks(connection: sqlite3.Connection, task_ids: Collection[str]) -> set[str]:
-    """Which of these task ids belong to rows of this run."""
+def known_tasks(connection: sqlite3.Connection, task_ids: Collection[str]) -> dict[str, int | None]:
+    """Which of these task ids belong to rows of this run, with the tool's number where it is the row's still."""
     marks = ", ".join("?" * len(task_ids))
-    found = connection.execute(f"SELECT task_id FROM attempts WHERE task_id IN ({marks})", tuple(task_ids))
-    return {record[0] for record in found}
+    found = connection.execute(
+        "SELECT task_id, (SELECT tool FROM rows WHERE seq = row AND rows.generation = attempts.generation) "
+        f"FROM attempts WHERE task_id IN ({marks})",
+        tuple(task_ids),
+    )
+    return dict(found.fetchall())
 
 
 def older_outputs(connection: sqlite3.Connection, seq: int) -> list[tuple[int, Output]]:

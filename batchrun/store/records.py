@@ -11,7 +11,8 @@ from typing import Any
 from batchrun.model import Attempt, Failure, LocalImage, Output, Row, State, Value
 
 ROW_COLUMNS = (
-    "seq, key, id, line, name, tool, given, extra, images, state, attempts, generation, cause, message"
+    "seq, key, id, line, name, tool, given, extra, images, state, attempts, generation, "
+    "cause, message, present"
 )
 ATTEMPT_COLUMNS = (
     "number, task_id, token, intent_at, intent_server_at, after_task, status, pexit, cost_usd, error, seconds"
@@ -53,9 +54,8 @@ def given_from_json(text: str) -> dict[str, Value | LocalImage]:
 
 def read_row(record: tuple[Any, ...], attempt: Attempt | None, outputs: Iterable[Output]) -> Row:
     """A Row from a record of ROW_COLUMNS."""
-    (seq, key, id_, line, name, tool, given, extra, images, state, attempts, generation, cause, message) = (
-        record
-    )
+    seq, key, id_, line, name, tool, given, extra, images, state, attempts, generation, *rest = record
+    cause, message, present = rest
     return Row(
         seq=seq,
         key=key,
@@ -72,6 +72,7 @@ def read_row(record: tuple[Any, ...], attempt: Attempt | None, outputs: Iterable
         attempt=attempt,
         outputs=tuple(outputs),
         generation=generation,
+        present=bool(present),
     )
 
 

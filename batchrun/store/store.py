@@ -178,14 +178,18 @@ class Store:
 
         await self._write(verb)
 
-    async def claim(self, state: State, *, limit: int, last_seq: int | None = None) -> list[Row]:
-        """Up to `limit` unclaimed rows in `state`, now claimed, in first-seen order.
+    async def claim(
+        self, state: State, *, limit: int, after_seq: int = 0, last_seq: int | None = None
+    ) -> list[Row]:
+        """Up to `limit` unclaimed rows in `state` that come after row `after_seq`, now claimed, in order.
 
         Planned rows must be in the present manifest; rows with a paid task are followed even when they are
         not. `last_seq` bounds planned rows (a try with the first rows only).
         """
         present = "AND present = 1" if state is State.PLANNED else ""
-        bound = f"AND seq <= {int(last_seq)}" if last_seq is not None and state is State.PLANNED else ""
+        bound = f"AND seq > {int(after_seq)}"
+        if last_seq is not None and state is State.PLANNED:
+            bound += f" AND seq <= {int(last_seq)}"
 
         def verb(connection: sqlite3.Connection) -> list[Row]:
             changes.check_alive(connection, self.lease)
@@ -250,8 +254,8 @@ class Store:
         """
 
         def verb(connection: sqlite3.Connection) -> Row:
-            query = "SELECT row FROM attempts WHERE task_id = ?"
-            holder = read_value(connection, query, (accepted.task_id,))
+            query = "SELECT row, open FROM attempts WHERE task_id = ?"
+            holder = connection.execute(query, (accepted.task_id,)).fetchone()
             if holder is None:
                 event = Event.ADOPTED if adopted else Event.ACCEPTED
                 changes.move(connection, seq, event, lease=self.lease)
@@ -259,7 +263,7 @@ class Store:
                     "UPDATE attempts SET task_id = ?, token = ?, accepted_at = ? WHERE row = ? AND open = 1",
                     (accepted.task_id, accepted.token, at, seq),
                 )
-            elif not adopted and holder != seq:
+            elif not adopted and holder != (seq, 1):  # that would be this very answer, recorded already
                 changes.move(connection, seq, Event.REPLY_LOST, lease=self.lease)
             return load_row(connection, seq)
 
@@ -510,8 +514,16 @@ class Store:
             ]
         )
 
-    async def known_tasks(self, task_ids: Collection[str]) -> set[str]:
-        """Which of these task ids belong to rows of this run."""
+    async def knows_tasks(self) -> bool:
+        """Whether this run knows any task by its id."""
+        query = "SELECT EXISTS (SELECT 1 FROM attempts WHERE task_id IS NOT NULL)"
+        return bool(await self._read(lambda connection: read_value(connection, query)))
+
+    async def known_tasks(self, task_ids: Collection[str]) -> dict[str, int | None]:
+        """Which of these task ids belong to rows of this run, and the number of each one's tool description.
+
+        None for the tool of a task whose row was asked for anew since.
+        """
         return await self._read(lambda connection: reading.known_tasks(connection, task_ids))
 
     # --- what is told ---------------------------------------------------------------------------------

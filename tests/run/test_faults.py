@@ -180,7 +180,8 @@ async def test_what_was_paid_and_is_empty_is_bought_again_only_when_told_so(tmp_
         assert len(sim.tasks) == 3
 
 
-async def test_images_deleted_at_the_service_fail_the_row_and_are_not_bought_again(tmp_path):
+async def test_images_deleted_at_the_service_fail_the_row_and_are_not_bought_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("batchrun.rules.policy.OUTPUTS_PATIENCE_S", 1.0)
     async with Simulator(seconds=0.1, faults=["cdn-gone@1"]) as sim:
         outcome = await run_job(sim, job_of(write_rows(tmp_path / "m.csv", 3)))
         assert outcome.exit_code == 1

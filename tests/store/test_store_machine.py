@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -72,6 +72,9 @@ class Known:
 
     def anew(self) -> None:
         self.attempts, self.outputs, self.generation = 0, [], self.generation + 1
+
+
+Way = Callable[[int, Known], None]
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -224,10 +227,10 @@ class StoreMachine(RuleBasedStateMachine):
             ways[way % len(ways)](seq, known)
 
     @property
-    def ways(self) -> dict[State, list[Callable[[int, Known], None]]]:
+    def ways(self) -> dict[State, list[Way]]:
         """What may happen to a claimed row."""
         return {
-            S.PLANNED: [self.intend] * 4 + [self.cancel_before_it_is_sent],
+            S.PLANNED: [*[self.intend] * 4, self.cancel_before_it_is_sent],
             S.SUBMITTING: [
                 *[self.accept] * 4,
                 self.lose_the_answer,
@@ -264,7 +267,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.do(self.store.record_cancelled(seq))
 
     def accept(self, seq: int, known: Known, *, adopted: bool = False) -> None:
-        known.task, known.state = self.new_task(), S.IN_FLIGHT
+        known.task, known.state, known.cause = self.new_task(), S.IN_FLIGHT, None
         accepted = Accepted(known.task, "t")
         self.check(seq, self.do(self.store.record_accepted(seq, accepted, at=1.0, adopted=adopted)))
 
@@ -441,6 +444,7 @@ StoreMachine.TestCase.settings = settings(
     max_examples=int(os.environ.get("BATCHRUN_MACHINE_EXAMPLES", "25")),
     stateful_step_count=30,
     deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
 TestStore = StoreMachine.TestCase

@@ -41,13 +41,16 @@ class Account:
         newest_first = sorted(self.tasks.values(), key=lambda task: -int(task.id))
         return newest_first[start : start + min(limit, 100)]
 
-    async def known_tasks(self, task_ids: Collection[str]) -> set[str]:
-        return self.known & set(task_ids)
+    async def known_tasks(self, task_ids: Collection[str]) -> dict[str, int | None]:
+        return dict.fromkeys(self.known & set(task_ids), 1)
+
+    async def knows_tasks(self) -> bool:
+        return bool(self.known)
 
 
 @asynccontextmanager
 async def settling(account: Account) -> AsyncIterator[Doubts]:
-    doubts = Doubts(account, account.known_tasks)
+    doubts = Doubts(account, account.known_tasks, account.knows_tasks)
     async with anyio.create_task_group() as group:
         group.start_soon(doubts.run)
         yield doubts
@@ -318,9 +321,9 @@ async def test_a_doubt_that_nobody_waits_for_any_more_is_not_read_for() -> None:
 @virtual_time
 async def test_the_newest_task_is_the_highest_number_the_list_shows() -> None:
     account = Account(9, 10)
-    doubts = Doubts(account, account.known_tasks)
+    doubts = Doubts(account, account.known_tasks, account.knows_tasks)
     assert await doubts.newest_task() == 10
-    assert await Doubts(Account(), account.known_tasks).newest_task() is None
+    assert await Doubts(Account(), account.known_tasks, account.knows_tasks).newest_task() is None
     account.trouble = lambda: errors.ServerFault("502")
     assert await doubts.newest_task() is None
     account.trouble = lambda: errors.CredentialsRefused("bad key")
@@ -335,4 +338,4 @@ async def test_ids_that_are_no_numbers_of_ours_do_not_count_as_newest() -> None:
             return [Task("9" * 5000), Task("x"), Task("12")]
 
     account = Forged()
-    assert await Doubts(account, account.known_tasks).newest_task() == 12
+    assert await Doubts(account, account.known_tasks, account.knows_tasks).newest_task() == 12

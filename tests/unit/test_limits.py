@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.dispatch.limits import FIRST_LIMIT, MAX_ASKED_S, OUTAGE, PROBE_S, Gate, Slot, Slots
+from batchrun.dispatch.limits import FIRST_LIMIT, OUTAGE, PROBE_S, Gate, Slot, Slots
 from batchrun.rules.policy import BALANCE, RATE_LIMITED, UNREACHABLE
 from tests.support.clock import run_with_virtual_time, virtual_time
 

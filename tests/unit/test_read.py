@@ -124,7 +124,7 @@ def test_a_row_shorter_than_the_header_is_read_with_a_warning() -> None:
         warning, row = manifest.rows()
     assert isinstance(warning, Problem)
     assert warning.severity is Severity.WARNING
-    assert str(warning) == "m:2: 1 cells for 3 columns; empty: b, c"
+    assert str(warning) == "m:2: 1 cell for 3 columns; empty: b, c"
     assert row == SourceRow(2, {"a": "1"})
     assert manifest.complete
 
