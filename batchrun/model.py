@@ -8,7 +8,7 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
-#: What a manifest cell can hold: CSV gives text; JSONL any JSON value (floats as Decimal, to keep their digits).
+#: What a manifest cell can hold: CSV gives text; JSONL any JSON value (floats as Decimal, digits kept).
 Cell = Any
 #: A parameter's value as it is sent: text, an integer, or a list of texts (multiselect).
 Value = str | int | list[str]

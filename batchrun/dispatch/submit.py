@@ -108,7 +108,7 @@ class Submitter:
             if not isinstance(body, Failure):
                 await slot.take()
                 probe = await self._gate.pass_through()
-        if self._sign.reason is not None:  # also where nothing above had to wait
+        if self._sign.reason is not None:
             return None
         if isinstance(body, Failure):
             return await self._reject(row, body)
@@ -128,6 +128,9 @@ class Submitter:
             row = await self._store.record_intent(
                 Intent(row.seq, time.time(), self._service.server_now(), self.newest_task)
             )
+            if self._sign.reason is not None:
+                await self._store.withdraw(row.seq)
+                return None
             self._progress.announce(Fact.INTENT, row)
             accepted = await self._service.submit(run_path, body)
             self._progress.announce(Fact.ACCEPTED, row, task=accepted.task_id)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +30,12 @@ from batchrun.tools.catalog import Catalog, to_json
 ID, TOOL = "id", "tool"
 #: Problems kept one by one; beyond that they are counted.
 MAX_PROBLEMS = 10_000
+#: Columns told one by one that are no parameters; every row of JSON may have its own.
+MAX_STRANGERS = 1000
+#: Far above what any tool makes for one request; what the state can hold and add up.
+MAX_IMAGES = 100_000
+#: Names of tools that are remembered, wrong ones among them.
+_REMEMBERED = 1000
 
 
 class Rows(Protocol):
@@ -101,6 +107,14 @@ class _Stranger:
     rows: int = 0
 
 
+class _EmptyList(Exception):
+    """A list of alternatives has none."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
 @dataclass(slots=True)
 class _ToolInUse:
     tool: Tool
@@ -128,12 +142,13 @@ class Reading:
         folder = Path(job.manifest).parent if isinstance(job.manifest, Path) else Path.cwd()
         self._images = LocalImages(folder, allow_outside=job.allow_outside)
         self._axes = job.axes
+        self._laid = {axis.name for axis in job.axes}
         self._tools: dict[str, _ToolInUse | UsageError] = {}
         self._parameters: dict[str, list[str]] = {}
         for parameter, column in job.map.items():
             self._parameters.setdefault(column, []).append(parameter)
         #: Names of set, map and expand that some tool of the manifest knows.
-        self._useful: set[str] = {ID, TOOL}
+        self._useful: set[str] = set()
         self._unseen_columns = set(job.map.values())
         self._expanded = 0
         self._strangers: dict[str, _Stranger] = {}
@@ -162,35 +177,28 @@ class Reading:
     # --- one row ------------------------------------------------------------------------------------
 
     def _row(self, row: SourceRow, blank_is_default: bool) -> None:
-        cells: dict[str, Cell] = {}
-        unknown: dict[str, Cell] = {}
-        for column, cell in row.cells.items():
-            if column in self._parameters:
-                cells.update(dict.fromkeys(self._parameters[column], cell))
-            elif column in self._job.map:  # its parameter is taken from another column
-                unknown[column] = cell
-            else:
-                cells[column] = cell
-        id_ = self._text(row, cells.pop(ID, None), ID)
-        tool_name = self._text(row, cells.pop(TOOL, None), TOOL) or self._job.tool
+        id_, id_fault = self._text(row, ID)
+        tool_name, tool_fault = self._text(row, TOOL)
         try:
-            used = self._tool(tool_name)
+            if tool_fault:
+                raise UsageError(tool_fault)
+            used = self._tool(tool_name or self._job.tool)
         except UsageError as error:
-            self._problem(row.line, TOOL if TOOL in row.cells else "", str(error))
-            self._stage_invalid(row.line, id_, row.cells, str(error))
+            self._refuse(row, id_, self._column(TOOL) if tool_name or tool_fault else "", str(error))
             return
-        for name in list(cells):
-            if not used.binder.knows(name):
-                unknown[name] = cells.pop(name)
+        if id_fault:
+            self._refuse(row, None, self._column(ID), id_fault)
+            return
+        cells, unknown = self._sorted(row, used)
         extra, faults = self._extra(row, unknown, used)
         for name, value in self._job.set.items():
             if used.binder.knows(name) and cells.get(name) is None:
                 cells[name] = value
         try:
             expansion = self._expansion(cells, used)
-        except UsageError as error:
-            self._problem(row.line, "", str(error))
-            self._stage_invalid(row.line, id_, row.cells, str(error))
+        except _EmptyList as empty:
+            message = "the list is empty; write at least one value, or null for the default"
+            self._refuse(row, id_, self._column(empty.name), message)
             return
         if expansion.size > 1:
             self._expanded += expansion.size
@@ -219,6 +227,9 @@ class Reading:
         source = self._source(row, id_, overlay) if n else row.cells
         try:
             request = used.binder.bind(cells, blank_is_default=blank_is_default, read_image=self._images.read)
+            if request.images > MAX_IMAGES:
+                told = f"{request.images:,} images cannot be meant; write {MAX_IMAGES:,} at most"
+                raise ManifestError([Problem(told, column="samples")])
         except ManifestError as error:
             for problem in error.problems:
                 self.findings.add(self._placed(problem, row))
@@ -249,7 +260,12 @@ class Reading:
         )
 
     def _given(self, row: SourceRow, parameter: str) -> Cell:
-        return row.cells.get(self._job.map.get(parameter, parameter))
+        return row.cells.get(self._column(parameter))
+
+    def _refuse(self, row: SourceRow, id_: str | None, column: str, message: str) -> None:
+        """The whole row is wrong."""
+        self._problem(row.line, column, message)
+        self._stage_invalid(row.line, id_, row.cells, message)
 
     def _stage_invalid(self, line: int, id_: str | None, cells: Mapping[str, Cell], message: str) -> None:
         text = encode(dict(cells))
@@ -260,9 +276,9 @@ class Reading:
         """The row as it would stand in a manifest of its own, with the values of its expansion."""
         source = dict(row.cells)
         for name, value in overlay.items():
-            source[self._job.map.get(name, name)] = value
+            source[self._column(name)] = value
         if id_ is not None:
-            source[self._job.map.get(ID, ID)] = id_
+            source[self._column(ID)] = id_
         return source
 
     # --- its parts ---------------------------------------------------------------------------------------
@@ -279,6 +295,8 @@ class Reading:
                 )
                 used = same or self._begin(tool)
             except UsageError as error:
+                if len(self._tools) >= _REMEMBERED:
+                    raise
                 used = error
             self._tools[name] = used
         if isinstance(used, UsageError):
@@ -290,13 +308,36 @@ class Reading:
         self._useful.update(binder.names)
         return _ToolInUse(tool, binder, self._planning.tool(dumps(to_json(tool))))
 
-    def _text(self, row: SourceRow, cell: Cell, column: str) -> str | None:
-        """An id or a tool's name: text; whole numbers are taken by their digits."""
-        if cell is None or isinstance(cell, bool) or not isinstance(cell, (str, int)):
-            if cell is not None:
-                self._problem(row.line, column, f"must be text, not {json.dumps(cell, default=str)[:40]}")
-            return None
-        return str(cell).strip() or None
+    def _column(self, name: str) -> str:
+        """The manifest's column that holds a parameter, the id or the tool."""
+        return self._job.map.get(name, name)
+
+    def _text(self, row: SourceRow, name: str) -> tuple[str | None, str]:
+        """A row's id or tool, and what is wrong with it; whole numbers are taken by their digits."""
+        cell = row.cells.get(self._column(name))
+        if cell is None:
+            return None, ""
+        if isinstance(cell, bool) or not isinstance(cell, (str, int)):
+            return None, f"must be text, not {json.dumps(cell, default=str)[:40]}"
+        return str(cell).strip() or None, ""
+
+    def _sorted(self, row: SourceRow, used: _ToolInUse) -> tuple[dict[str, Cell], dict[str, Cell]]:
+        """The row's cells by parameter, and those by column that are no parameter of its tool."""
+        cells: dict[str, Cell] = {}
+        unknown: dict[str, Cell] = {}
+        named = (self._column(ID), self._column(TOOL))
+        for column, cell in row.cells.items():
+            known = [name for name in self._meant_by(column) if used.binder.knows(name)]
+            if known:
+                cells.update(dict.fromkeys(known, cell))
+            elif column not in named:
+                unknown[column] = cell
+        return cells, unknown
+
+    def _meant_by(self, column: str) -> Sequence[str]:
+        """The parameters a column stands for; none when its own is taken from another column."""
+        own = () if column in self._job.map else (column,)
+        return self._parameters.get(column, own)
 
     def _extra(
         self, row: SourceRow, unknown: Mapping[str, Cell], used: _ToolInUse
@@ -309,6 +350,9 @@ class Reading:
             return (dict(unknown) if self._job.extra == "keep" else {}), ()
         names = [name for name, cell in unknown.items() if cell is not None]
         for name in names:
+            if name not in self._strangers and len(self._strangers) >= MAX_STRANGERS:
+                self.findings.error_count += 1
+                continue
             stranger = self._strangers.setdefault(name, _Stranger())
             stranger.rows += 1
             if len(stranger.places) < MAX_PROBLEMS:
@@ -321,9 +365,7 @@ class Reading:
         for name, cell in cells.items():
             if name not in laid and used.binder.expandable(name, cell):
                 if not cell:
-                    raise UsageError(
-                        f"{name}: the list is empty; write at least one value, or null for the default"
-                    )
+                    raise _EmptyList(name)
                 axes.append(Axis(name, tuple(cell)))
         return Expansion(tuple(axes), self._job.repeat)
 
@@ -331,8 +373,10 @@ class Reading:
 
     def _placed(self, problem: Problem, row: SourceRow) -> Problem:
         """A binder's problem at its place in the manifest, under the column's own name."""
-        column = self._job.map.get(problem.column, problem.column)
-        if column not in row.cells and problem.column in self._job.set:
+        column = self._column(problem.column)
+        if problem.column in self._laid:
+            column = f"--expand {problem.column}"
+        elif column not in row.cells and problem.column in self._job.set:
             column = f"--set {problem.column}"
         return replace(problem, file=self._name, line=row.line, column=column)
 
@@ -352,20 +396,22 @@ class Reading:
     def _tell_strangers(self) -> None:
         """A column that no tool knows is one mistake, however many rows it has."""
         for name, stranger in self._strangers.items():
-            column = self._job.map.get(name, name)
-            if name in self._useful:
+            if not self._useful.isdisjoint(self._meant_by(name)):
                 for line, slug in stranger.places:
                     self._problem(
-                        line, column, f"is a parameter of another tool, not of {slug}; leave it empty"
+                        line, name, f"is a parameter of another tool, not of {slug}; leave it empty"
                     )
+                self.findings.error_count += stranger.rows - len(stranger.places)
                 continue
             line, slug = stranger.places[0]
             near = closest(name, self._useful)
             advice = f"did you mean {near}? " if near else ""
+            if name in self._job.map:
+                advice = f"{name} is taken from column {self._job.map[name]}; "
             rows = f" ({stranger.rows:,} rows)" if stranger.rows > 1 else ""
             self._problem(
                 line,
-                column,
+                name,
                 f"is no parameter of {slug}{rows}; {advice}"
                 "--extra keep carries such columns to the results, --extra drop leaves them out",
             )
@@ -374,20 +420,16 @@ class Reading:
         """Names of the settings that no tool of the manifest knows are mistakes."""
         if not any(isinstance(used, _ToolInUse) for used in self._tools.values()):
             return
-        for option, names in (
-            ("--set", list(self._job.set)),
-            ("--map", list(self._job.map)),
-            ("--expand", [axis.name for axis in self._axes]),
+        for option, names, useful in (
+            ("--set", list(self._job.set), self._useful),
+            ("--map", list(self._job.map), self._useful | {ID, TOOL}),
+            ("--expand", [axis.name for axis in self._axes], self._useful),
         ):
             for name in names:
-                if name not in self._useful:
-                    near = closest(name, self._useful)
-                    self._setting(
-                        option,
-                        name,
-                        "no tool of the manifest has this parameter"
-                        + (f"; did you mean {near}?" if near else ""),
-                    )
+                if name not in useful:
+                    near = closest(name, useful)
+                    advice = f"; did you mean {near}?" if near else ""
+                    self._setting(option, name, "no tool of the manifest has this parameter" + advice)
         for parameter, column in self._job.map.items():
             if column in self._unseen_columns:
                 self._setting("--map", f"{parameter}={column}", f'the manifest has no column "{column}"')
@@ -397,11 +439,10 @@ class Reading:
         self.findings.fatal = True
 
     def _check_ids(self) -> None:
-        id_column = self._job.map.get(ID, ID)
         for twice in self._planning.duplicates():
             self._problem(
                 twice.line,
-                id_column,
+                self._column(ID),
                 f'"{twice.id}" is already the id of line {twice.first_line}; write an id of its own, '
                 "or leave ids out",
             )

@@ -1,8 +1,6 @@
-"""The simulator's images: real files that show what was asked, the same bytes for the same request and index.
+"""What an image of the simulator is to show, and how the three file formats carry words.
 
-`tiny` ones are 64 x 64 pixels and cost some tens of microseconds: PNGs are put together by hand, JPEG and
-WebP files are a few prepared ones with a comment added. Prompt, tool and seed stand in them as text. `real`
-ones, of the size asked for, are painted in `painting`, which alone needs PIL.
+They are made in `drawing` (tiny ones, by hand) and `painting` (real ones, with PIL).
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 from batchrun.model import Tool
@@ -28,8 +25,6 @@ EXTENSIONS: dict[Format, str] = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 TINY_PX = 64
 #: Sides of real images are kept within these, whatever is asked for.
 _SIDES_PX = (16, 4096)
-#: Tiny JPEG and WebP files come in so many colours.
-_COLOURS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,54 +86,16 @@ def picture(task: SimTask, index: int) -> Picture:
     )
 
 
-def draw(picture: Picture, *, real: bool) -> bytes:
-    """The image file; tens of milliseconds for a real one, to be drawn in a thread."""
-    if real:
-        from batchrun.simulator.painting import paint
-
-        return paint(picture)
-    match picture.format:
-        case "png":
-            return _tiny_png(picture)
-        case "jpeg":
-            return with_jpeg_comment(_blank(picture.digest[0] % _COLOURS, "jpeg"), picture.words)
-        case "webp":
-            blank = _blank(picture.digest[0] % _COLOURS, "webp")
-            return with_webp_comment(blank, picture.words, (TINY_PX, TINY_PX))
-
-
-def _tiny_png(picture: Picture) -> bytes:
-    """A mirrored pattern of 8 x 8 squares in four colours."""
-    digest = picture.digest
-    palette = b"".join(bytes(64 + byte // 2 for byte in digest[at : at + 3]) for at in (0, 3, 6, 9))
-    rows = []
-    for number in range(8):
-        bits = digest[12 + number]
-        half = [bits >> shift & 3 for shift in (0, 2, 4, 6)]
-        rows.append(b"\0" + b"".join(bytes([colour]) * 8 for colour in half + half[::-1]))
-    pixels = b"".join(row * 8 for row in rows)
-    header = struct.pack(">IIBBBBB", TINY_PX, TINY_PX, 8, 3, 0, 0, 0)
-    return b"".join(
-        (
-            b"\x89PNG\r\n\x1a\n",
-            _png_chunk(b"IHDR", header),
-            *(png_text(key, text) for key, text in picture.words.items()),
-            _png_chunk(b"PLTE", palette),
-            _png_chunk(b"IDAT", zlib.compress(pixels, 1)),
-            _png_chunk(b"IEND", b""),
-        )
-    )
-
-
 def png_text(key: str, text: str) -> bytes:
     """A text chunk: tEXt where Latin-1 can say it, iTXt otherwise."""
     try:
-        return _png_chunk(b"tEXt", key.encode() + b"\0" + text.encode("latin-1"))
+        return png_chunk(b"tEXt", key.encode() + b"\0" + text.encode("latin-1"))
     except UnicodeEncodeError:
-        return _png_chunk(b"iTXt", key.encode() + b"\0\0\0\0\0" + text.encode())
+        return png_chunk(b"iTXt", key.encode() + b"\0\0\0\0\0" + text.encode())
 
 
-def _png_chunk(kind: bytes, data: bytes) -> bytes:
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG file with its length and CRC."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
@@ -162,10 +119,3 @@ def _riff_chunk(kind: bytes, data: bytes) -> bytes:
 
 def _lines(words: dict[str, str]) -> bytes:
     return "\n".join(f"{key}: {text}" for key, text in words.items()).encode()
-
-
-@lru_cache(maxsize=2 * _COLOURS)
-def _blank(colour: int, format: Format) -> bytes:
-    from batchrun.simulator.painting import blank
-
-    return blank(colour / _COLOURS, TINY_PX, format)

@@ -9,7 +9,8 @@ import asyncio
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from batchrun.simulator.pictures import Picture, draw, picture
+from batchrun.simulator.drawing import draw
+from batchrun.simulator.pictures import Picture, picture
 from batchrun.simulator.tasks import SimTask
 
 #: Real images kept; a 1024 x 1024 one takes some 60 to 200 KB.

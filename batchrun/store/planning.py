@@ -25,8 +25,9 @@ from batchrun.store.changes import next_settled
 from batchrun.store.reading import read_value
 from batchrun.store.records import dumps
 
-#: Staged rows are written in groups of this many.
+#: Staged rows are written in groups of this many, or of so many characters: a row may have megabytes.
 GROUP = 2000
+GROUP_CHARS = 4_000_000
 
 _STAGED = """
 CREATE TEMP TABLE staged (
@@ -111,6 +112,7 @@ class Planning:
         self.connection = connection
         self._run = connection.execute
         self._group: list[Staged] = []
+        self._group_chars = 0
         self._tools: dict[str, int] = {}
         self._run("DROP TABLE IF EXISTS staged")
         self._run(_STAGED)
@@ -128,7 +130,8 @@ class Planning:
     def stage(self, row: Staged) -> None:
         """Add one request, in manifest order."""
         self._group.append(row)
-        if len(self._group) >= GROUP:
+        self._group_chars += len(row.given) + len(row.extra) + len(row.cells)
+        if len(self._group) >= GROUP or self._group_chars >= GROUP_CHARS:
             self._flush()
 
     def _flush(self) -> None:
@@ -142,6 +145,7 @@ class Planning:
                 ],
             )
         self._group.clear()
+        self._group_chars = 0
 
     @contextmanager
     def _transaction(self, begin: str) -> Iterator[None]:
@@ -153,7 +157,7 @@ class Planning:
             raise
         self._run("COMMIT")
 
-    def duplicates(self) -> list[DuplicateId]:
+    def duplicates(self) -> Iterator[DuplicateId]:
         """Ids that stand on more than one line, each later line once."""
         self._flush()
         records = self._run(
@@ -161,15 +165,15 @@ class Planning:
             "first_value(line) OVER same AS first FROM staged WHERE id IS NOT NULL "
             "WINDOW same AS (PARTITION BY id ORDER BY n)) WHERE number > 1 ORDER BY line"
         )
-        return [DuplicateId(*record) for record in records]
+        return (DuplicateId(*record) for record in records)
 
     def summary(self) -> tuple[int, int, dict[int, int], int]:
-        """Requests, expected images, requests by tool number, and how many repeat an earlier content."""
+        """Requests, expected images, valid ones by tool number, and how many of these repeat another."""
         self._flush()
         rows, images = self._run("SELECT count(*), coalesce(sum(images), 0) FROM staged").fetchone()
-        by_tool = self._run("SELECT tool, count(*) FROM staged WHERE tool IS NOT NULL GROUP BY tool")
-        distinct = read_value(self.connection, "SELECT count(DISTINCT content) FROM staged")
-        return rows, images, dict(by_tool.fetchall()), rows - distinct
+        by_tool = self._run("SELECT tool, count(*) FROM staged WHERE message IS NULL GROUP BY tool")
+        query = "SELECT count(*) - count(DISTINCT content) FROM staged WHERE message IS NULL"
+        return rows, images, dict(by_tool.fetchall()), read_value(self.connection, query)
 
     def merge(
         self, *, manifest: str, job: str, at: float, stamp: str, form: str, rerun_changed: bool
@@ -217,8 +221,8 @@ class Planning:
         # the others without an id: pair what the rows themselves give, in order
         run(
             "CREATE TEMP TABLE orphans AS SELECT seq, own, "
-            "row_number() OVER (PARTITION BY own ORDER BY seq) AS number "
-            "FROM main.rows AS known WHERE id IS NULL AND present = 1 "
+            "row_number() OVER (PARTITION BY own ORDER BY present DESC, seq) AS number "
+            "FROM main.rows AS known WHERE id IS NULL "
             "AND NOT EXISTS (SELECT 1 FROM staged WHERE staged.seq = known.seq)"
         )
         run("CREATE INDEX temp.orphans_own ON orphans (own, number)")

@@ -118,7 +118,7 @@ def has_work(connection: sqlite3.Connection) -> bool:
 
 
 def known_tasks(connection: sqlite3.Connection, task_ids: Collection[str]) -> dict[str, int | None]:
-    """Which of these task ids belong to rows of this run, with the tool's number where it is the row's still."""
+    """Which of these task ids are of this run, with the tool's number where it still is the row's."""
     marks = ", ".join("?" * len(task_ids))
     found = connection.execute(
         "SELECT task_id, (SELECT tool FROM rows WHERE seq = row AND rows.generation = attempts.generation) "

@@ -1,4 +1,4 @@
-"""A run in a process of its own that kills itself at the n-th announcement of a fact: python -m tests.crash.child."""
+"""A run in a process of its own that kills itself at the n-th announcement of a fact."""
 
 from __future__ import annotations
 

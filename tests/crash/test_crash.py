@@ -103,11 +103,10 @@ async def test_the_sidecar_files_are_whole_after_every_kill(tmp_path):
     rows = 20
     job = job_of(write_rows(tmp_path / "m.csv", rows), concurrency=4)
     async with Simulator(seconds=0.2) as sim:
-        for count in (3, 9, 15):
-            await killed_at(sim, job, Fact.DONE, 2)
+        for count in (2, 3, 4):
+            await killed_at(sim, job, Fact.DONE, count)
             lines_of(tmp_path / "run" / "images" / "metadata.jsonl")
             lines_of(tmp_path / "run" / "results.jsonl")
-            assert count
         assert (await run_job(sim, job)).exit_code == 0
         check_complete(sim, tmp_path / "run", rows)
 

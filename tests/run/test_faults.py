@@ -33,8 +33,11 @@ async def test_a_lost_answer_after_the_task_was_made_is_looked_up_and_adopted(tm
 
 @pytest.mark.parametrize(
     "fault",
-    ["run-refused", "run-429", "run-429-date", "run-code0", "run-limit", "run-limit-nonumber", "run-limit-odd"],
-)
+    [
+        "run-refused", "run-429", "run-429-date", "run-code0", "run-limit", "run-limit-nonumber",
+        "run-limit-odd",
+    ],
+)  # fmt: skip
 async def test_a_refusal_that_made_no_task_uses_up_no_attempt(tmp_path, fault):
     async with Simulator(seconds=0.2, faults=[f"{fault}@2,3"]) as sim:
         outcome = await run_job(sim, job_of(write_rows(tmp_path / "m.csv", ROWS), attempts=1))
@@ -123,7 +126,8 @@ async def test_whatever_is_said_of_a_task_it_is_followed_to_its_end(tmp_path, fa
 @pytest.mark.parametrize(
     "fault",
     [
-        "cdn-truncated", "cdn-reset", "cdn-drip", "cdn-500", "cdn-404-once", "cdn-403", "cdn-html", "cdn-wrong-bytes",
+        "cdn-truncated", "cdn-reset", "cdn-drip", "cdn-500", "cdn-404-once", "cdn-403", "cdn-html",
+        "cdn-wrong-bytes",
         "cdn-no-length", "cdn-empty", "cdn-redirect", "cdn-ignore-range", "cdn-other-etag", "cdn-wrong-size",
         "cdn-wrong-type",
     ],

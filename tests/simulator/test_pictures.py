@@ -7,7 +7,8 @@ import io
 import pytest
 from PIL import Image
 
-from batchrun.simulator.pictures import Picture, draw
+from batchrun.simulator.drawing import draw
+from batchrun.simulator.pictures import Picture
 from tests.simulator.wire import LORA, OUTPAINT, PORTRAIT, STORY, simulated
 
 

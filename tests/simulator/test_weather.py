@@ -72,7 +72,7 @@ async def test_a_stalled_submit_made_its_task_and_ends_when_the_client_leaves() 
 async def test_a_simulator_ends_though_answers_stall() -> None:
     async with simulated("run-stall", "detail-stall") as wire:
         stalled = asyncio.create_task(wire.call(LORA.run_path, prompt="a cat"))
-        while not wire.sim.tasks:  # noqa: ASYNC110 - the simulator tells of no task
+        while not wire.sim.tasks:
             await asyncio.sleep(0)
     with pytest.raises((aiohttp.ClientError, asyncio.CancelledError)):
         await stalled

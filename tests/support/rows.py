@@ -56,7 +56,7 @@ def merge(
     number = planning.tool(TOOL)
     for row in rows:
         planning.stage(replace(row, tool=number) if row.tool else row)
-    assert not planning.duplicates()
+    assert not list(planning.duplicates())
     return planning.merge(
         manifest="/list.csv", job="{}", at=1.0, stamp=stamp, form="{}", rerun_changed=rerun_changed
     )
@@ -85,8 +85,9 @@ async def to_submitting(store: Store, seq: int, *, reserved: str = "0") -> Row:
 
 
 async def to_in_flight(store: Store, seq: int, task: str | None = None, *, reserved: str = "0") -> Row:
-    await to_submitting(store, seq, reserved=reserved)
-    return await store.record_accepted(seq, Accepted(task or f"{1000 + seq}", "secret"), at=11.0)
+    row = await to_submitting(store, seq, reserved=reserved)
+    task = task or f"{1000 + seq}" + f"{row.generation:03}" * (row.generation > 0)
+    return await store.record_accepted(seq, Accepted(task, "secret"), at=11.0)
 
 
 def ended(row: Row, *, cost: str | None = "0.01", images: int = 1) -> Task:

@@ -50,7 +50,9 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_arrows_point_upwards_only(path: Path) -> None:
     here = room(path)
     if here in ALLOWED:
@@ -67,7 +69,9 @@ def test_sql_is_spoken_in_one_room() -> None:
 def test_rules_are_pure() -> None:
     for path in (PACKAGE / "rules").glob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names = {
+            alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+        }
         assert not names & {"time", "os", "asyncio", "anyio", "pathlib", "sqlite3"}, path
         assert not any(isinstance(node, ast.AsyncFunctionDef | ast.Await) for node in ast.walk(tree)), path
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchrun.dispatch.limits import FIRST_LIMIT, OUTAGE, PROBE_S, Gate, Slot, Slots
-from batchrun.rules.policy import BALANCE, RATE_LIMITED, UNREACHABLE
+from batchrun.rules.policy import BALANCE, MAX_ASKED_S, RATE_LIMITED, UNREACHABLE
 from tests.support.clock import run_with_virtual_time, virtual_time
 
 
