@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from batchrun.errors import ManifestError, UsageError
+from batchrun.errors import BatchrunError, ManifestError, UsageError
 from batchrun.model import Problem
 from batchrun.report.opening import errors, to_json
 from batchrun.report.talk import Talk
@@ -28,7 +28,7 @@ class Telling:
 
 @contextmanager
 def telling_errors(*, as_json: bool) -> Iterator[Telling]:
-    """Tell usage and manifest errors and end the command with its exit code."""
+    """Tell usage and manifest errors and end the command with its exit code; other errors go on."""
     telling = Telling()
     try:
         yield telling
@@ -48,3 +48,7 @@ def telling_errors(*, as_json: bool) -> Iterator[Telling]:
                 told += " (--skip-invalid runs the other rows)"
             talk.say(told)
         sys.exit(EXIT_USAGE)
+    except BatchrunError as error:
+        if as_json:
+            print(json.dumps({"errors": to_json([Problem(str(error))])}))
+        raise

@@ -26,7 +26,8 @@ def check_service(folder: Folder, credentials: Credentials | None) -> None:
     rehearsed = (folder.path / MEMORY).is_file()
     if credentials is None and folder.is_run and not rehearsed:
         raise UsageError(
-            f"{folder.path} holds a run that is no rehearsal; choose another folder for one with --out"
+            f"{folder.path} holds a run that is no rehearsal: leave out --simulate, or choose another folder "
+            "with --out"
         )
     if credentials is not None and rehearsed:
         raise UsageError(

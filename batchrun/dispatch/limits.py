@@ -95,16 +95,17 @@ class Slots:
         elif self._probing and self.in_use >= self.limit:
             self._probing = False
             self._probe_wait_s = PROBE_S[0]
-            self._probe_at = min(self._probe_at, anyio.current_time() + PROBE_S[0])
+            self._probe_at = anyio.current_time() + PROBE_S[0]
 
     def _free(self) -> bool:
         now = anyio.current_time()
         if now < self._closed_until:
             return False
-        if self.in_use >= self.limit and self.limit < self.ceiling and now >= self._probe_at:
+        # one more at a time, and the next only once that one was tried: slots may wait long at the gate
+        may_probe = not self._probing and now >= self._probe_at
+        if self.in_use >= self.limit and self.limit < self.ceiling and may_probe:
             self.limit += 1
             self._probing = True
-            self._probe_at = now + self._probe_wait_s
         return self.in_use < self.limit
 
     def _hand_out(self) -> None:

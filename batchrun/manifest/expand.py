@@ -23,7 +23,7 @@ _RANGE = re.compile(rf"{_WHOLE}\.\.{_WHOLE}(?:\.\.{_WHOLE})?")
 #: Meant as a range, though not one of whole numbers: `1.5..3`, `1..`, `..4`.
 _LIKE_RANGE = re.compile(r"[\s0-9+.\-]*\.\.[\s0-9+.\-]*")
 #: Meant as several values: `10,20`, `DDIM,PNDM`; a sentence has spaces elsewhere than after its commas.
-_LIKE_LIST = re.compile(r"[^\s,]+(?:,\s?[^\s,]+)+")
+_LIKE_LIST = re.compile(r"[^\s,\[][^\s,]*(?:,\s?[^\s,]+)+")
 _RANGE_FORMS = 'write "1..4", "4..1" or "0..100..10" (first..last..step), or a list of values'
 
 
@@ -129,7 +129,8 @@ def _parse_text(text: str) -> Sequence[Cell]:
     if _LIKE_LIST.fullmatch(spec):
         parted = "|".join(value.strip() for value in spec.split(","))
         raise UsageError(
-            f'"{spec}" is one single text; for several values write {parted}, for this one {json.dumps([spec])}'
+            f'"{spec}" is one single text; for several values write {parted}, '
+            f"for this one {json.dumps([spec])}"
         )
     return (text,)
 

@@ -79,10 +79,10 @@ def _format_of(source: Path | BinaryIO, shown: str, format: str | None) -> str:
         return format
     if not isinstance(source, Path):
         raise UsageError(f"{shown}: standard input needs its format; write --format with one of {forms}")
-    if source.is_dir():
-        raise UsageError(f"{shown}: is a folder; write the path of a manifest in it")
     ending = Path(source.name.lower().removesuffix(".gz")).suffix
     if ending not in ENDINGS:
+        if source.is_dir():
+            raise UsageError(f"{shown}: is a folder; write the path of a manifest in it")
         said = f'the ending "{ending}"' if ending else "a name without ending"
         raise UsageError(f"{shown}: {said} does not tell the format; write --format with one of {forms}")
     return ENDINGS[ending]

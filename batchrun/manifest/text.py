@@ -32,7 +32,10 @@ class Fault(Exception):
 
 def too_long(max_row_bytes: int, line: int) -> Fault:
     """The fault of a row beyond the limit."""
-    return Fault(f"the row is longer than {max_row_bytes:,} bytes; shorten it, or raise max_row_bytes in a job file", line)
+    return Fault(
+        f"the row is longer than {max_row_bytes:,} bytes; shorten it, or raise max_row_bytes in a job file",
+        line,
+    )
 
 
 class Text:

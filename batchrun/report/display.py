@@ -87,7 +87,7 @@ def _bar(sight: Sight) -> Table:
 
 def _rows(sight: Sight) -> Text:
     parts = [(f"{sight.done:,} of {count(sight.total, 'row')} done", "green")]
-    parts += [(f"{sight.failed:,} failed", "red")] if sight.failed else []
+    parts += [(text, "red") for text in sight.unmade]
     parts += [(f"{sight.in_doubt:,} in doubt", "yellow")] if sight.in_doubt else []
     parts.append((active_of(sight), "cyan"))
     parts += [(f"{sight.saving:,} being saved", "cyan")] if sight.saving else []

@@ -68,14 +68,15 @@ def _changes(merged: Merged) -> Iterator[Line]:
     if merged.new and merged.new != merged.rows:
         parts.append(f"{merged.new:,} new")
     parts += [f"{merged.replaced:,} corrected or changed"] if merged.replaced else []
-    parts += [f"{merged.rerun:,} finished ones bought again (--rerun-changed)"] if merged.rerun else []
+    parts += [f"{count(merged.rerun, 'finished row')} bought again (--rerun-changed)"] if merged.rerun else []
     parts += [f"{merged.gone:,} no longer in it and left alone"] if merged.gone else []
     if parts:
         yield f"in the manifest: {', '.join(parts)}", ""
     if merged.changed:
+        ask, are = ("asks", "is") if merged.changed == 1 else ("ask", "are")
         yield (
-            f"{count(merged.changed, 'row')} bought already ask for something else now and are left as they "
-            "are; to buy them again add --rerun-changed",
+            f"{count(merged.changed, 'row')} bought already {ask} for something else now and {are} left "
+            "alone; to buy again add --rerun-changed",
             "yellow",
         )
 

@@ -18,8 +18,9 @@ class Sight:
 
     total: int
     done: int
-    #: Failed, cancelled or invalid.
     failed: int
+    cancelled: int
+    invalid: int
     in_doubt: int
     #: Submits sent whose answers are not here yet.
     awaited: int
@@ -43,7 +44,13 @@ class Sight:
     @property
     def settled(self) -> int:
         """Rows that rest."""
-        return self.done + self.failed
+        return self.done + self.failed + self.cancelled + self.invalid
+
+    @property
+    def unmade(self) -> list[str]:
+        """The rows that rest without images, in words: `3 failed`, `1 cancelled`."""
+        numbers = ((self.failed, "failed"), (self.cancelled, "cancelled"), (self.invalid, "invalid"))
+        return [f"{number:,} {word}" for number, word in numbers if number]
 
 
 #: What ends the wait for the answer to a submit.
@@ -81,15 +88,17 @@ class Watch:
         now, progress = time.monotonic(), self.progress
         counts = {state: max(0, rows) for state, rows in progress.counts.items()}
         done = counts.get(State.DONE, 0)
-        failed = sum(counts.get(state, 0) for state in (State.FAILED, State.CANCELLED, State.INVALID))
-        total = max(sum(counts.values()) - self.beyond_limit, done + failed)
+        unmade = [counts.get(state, 0) for state in (State.FAILED, State.CANCELLED, State.INVALID)]
         # doubts and downloads come to rest in their own time, so the pace is of what came to rest at all
-        settled = done + failed
+        settled = done + sum(unmade)
+        total = max(sum(counts.values()) - self.beyond_limit, settled)
         self._pace.note(now, settled)
         return Sight(
             total=total,
             done=done,
-            failed=failed,
+            failed=unmade[0],
+            cancelled=unmade[1],
+            invalid=unmade[2],
             in_doubt=counts.get(State.IN_DOUBT, 0),
             awaited=len(self._awaited),
             saving=counts.get(State.FINISHED, 0),
@@ -108,7 +117,7 @@ class Watch:
 def rows_of(sight: Sight) -> str:
     """`309 of 553 rows done, 3 failed, 1 in doubt`."""
     parts = [f"{sight.done:,} of {count(sight.total, 'row')} done"]
-    parts += [f"{sight.failed:,} failed"] if sight.failed else []
+    parts += sight.unmade
     parts += [f"{sight.in_doubt:,} in doubt"] if sight.in_doubt else []
     return ", ".join(parts)
 

@@ -36,6 +36,7 @@ def test_invalid_rows_that_are_to_be_skipped_are_no_reason_to_fail(alone: Here) 
     alone.write("m.csv", "id,prompt,steps\na,x,20\nb,x,ten\n")
     ended = alone.batchrun("check", "m.csv", "--tool", TOOL, "--skip-invalid")
     assert ended.returncode == 0
+    assert "1 error: the rows that have one are left out (--skip-invalid)" in ended.stdout
 
 
 def test_as_json_it_tells_all_of_it(alone: Here) -> None:
@@ -54,6 +55,27 @@ def test_as_json_it_tells_all_of_it(alone: Here) -> None:
 def test_it_takes_the_options_of_run_so_that_one_line_serves_for_both(alone: Here) -> None:
     alone.rows(1)
     ended = alone.batchrun(
-        "check", "p.csv", "--tool", TOOL, "--out", "x", "--limit", "1", "--concurrency", "4"
-    )
+        "check", "p.csv", "--tool", TOOL, "--out", "x", "--limit", "1", "--concurrency", "4", "--simulate",
+        "--env-file", "nowhere", "--log", "x.log", "--no-display",
+    )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
+    assert "a run would work on the first 1 row only (--limit)" in ended.stdout
+    assert sorted(path.name for path in alone.folder.iterdir()) == ["p.csv"]
+
+
+def test_every_option_of_run_is_one_of_check() -> None:
+    from batchrun.cli.check import check
+    from batchrun.cli.run import run
+
+    assert {option.name for option in run.params} <= {option.name for option in check.params}
+
+
+def test_a_mistake_of_every_row_is_said_once_and_hides_no_other(alone: Here) -> None:
+    rows = "".join(f"a{n},x,20,y\n" for n in range(99))
+    alone.write("m.csv", f"id,prompt,steps,note\n{rows}z,x,ten,y\n")
+    ended = alone.batchrun("check", "m.csv", "--tool", TOOL, "--map", "negativePrompt=gone")
+    lines = ended.stderr.splitlines()
+    assert lines[0].startswith("m.csv: ")
+    assert any("--map negativePrompt=gone: the manifest has no column" in each for each in lines[:2])
+    assert 'm.csv:101: steps: "ten" is not a whole number; write one like 60' in lines
+    assert len(lines) < 10

@@ -45,11 +45,11 @@ def test_added_rows_are_run_and_changed_ones_wait_for_a_word(here: Here) -> None
     here.run(here.rows(2))
     here.write("p.csv", "id,prompt\nr1,something else\nr2,a picture of 2 birds\nr3,a new one\n")
     again = here.run("p.csv")
-    assert "in the manifest: 1 new\n1 row bought already ask" in again.stdout
+    assert "in the manifest: 1 new\n1 row bought already asks for" in again.stdout
     assert "--rerun-changed" in again.stdout
     assert here.images() == ["r1_0.png", "r2_0.png", "r3_0.png"]
     bought = here.run("p.csv", "--rerun-changed")
-    assert "1 finished ones bought again" in bought.stdout
+    assert "1 finished row bought again" in bought.stdout
     assert len(list((here.folder / "runs/p/superseded").rglob("*.png"))) == 1
 
 
@@ -68,7 +68,7 @@ def test_a_failed_row_is_1_and_the_summary_names_cause_line_and_command(here: He
 
 
 def test_errors_of_the_manifest_are_all_found_before_anything_is_sent(alone: Here) -> None:
-    rows = "".join(f"r{n},x,ten\n" for n in range(60))
+    rows = "".join(f"r{n},x,ten{n}\n" for n in range(60))
     alone.write("bad.csv", "id,prompt,steps\n" + rows)
     keys = {"WIRO_API_KEY": "k", "WIRO_API_BASE_URL": "http://127.0.0.1:9/v1"}
     ended = alone.run("bad.csv", env=keys)
@@ -221,6 +221,27 @@ def test_the_log_has_a_line_of_json_per_event_with_utc_times(here: Here) -> None
         assert event["at"].endswith("Z")
         datetime.fromisoformat(event["at"])
         assert "token" not in event
+
+
+def test_whatever_goes_wrong_is_told_as_json_where_that_is_asked_for(here: Here) -> None:
+    here.run(here.rows(1))
+    here.rows(1, "other.csv")
+    ended = here.run("other.csv", "--out", "runs/p", "--json")
+    assert ended.returncode == 2
+    assert "belongs to another manifest" in json.loads(ended.stdout)["errors"][0]["message"]
+
+
+def test_skipping_rows_is_advised_only_where_it_would_help(alone: Here) -> None:
+    keys = {"WIRO_API_KEY": "k", "WIRO_API_SECRET": "s"}
+    alone.write("m.csv", "id,prompt\na,\nb,x\n")
+    assert "(--skip-invalid runs the other rows)" in alone.run("m.csv", env=keys).stderr
+    assert "--skip-invalid" not in alone.run("nowhere.csv", env=keys).stderr
+
+
+def test_standard_input_is_called_by_its_name(alone: Here) -> None:
+    keys = {"WIRO_API_KEY": "k", "WIRO_API_SECRET": "s"}
+    ended = alone.run("-", "--format", "csv", text="id,prompt\na,\n", env=keys)
+    assert ended.stdout.startswith("standard input → runs/stdin\n")
 
 
 def test_run_as_json_ends_with_the_runs_end_as_data(here: Here) -> None:

@@ -49,5 +49,12 @@ def test_what_is_no_page_is_2_with_the_place(alone: Here) -> None:
     alone.write("page.txt", "nothing of the kind")
     ended = alone.batchrun("tools", "add", "page.txt")
     assert ended.returncode == 2
+    assert ended.stderr.startswith("Error: page.txt: ")
     assert "at character" in ended.stderr
     assert alone.batchrun("tools", "add", "nowhere.txt").returncode == 2
+
+
+def test_an_address_is_no_page_and_the_command_that_fetches_it_is_told(alone: Here) -> None:
+    ended = alone.batchrun("tools", "add", "https://host.example/llms-full.txt")
+    assert ended.returncode == 2
+    assert "curl https://host.example/llms-full.txt | batchrun tools add -" in ended.stderr

@@ -1,4 +1,4 @@
-"""What happens at an awkward moment (a doubt, a stop, a refused key, a file in the way) costs nothing twice."""
+"""What happens at an awkward moment (a doubt, a stop, a wrong key, a file in the way) costs nothing twice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from tests.support.runs import (
     run_job,
     write_rows,
 )
-
 
 # --- doubts ---------------------------------------------------------------------------------------------
 
@@ -149,7 +148,7 @@ async def test_a_file_in_the_way_of_one_image_fails_that_row_alone(tmp_path):
         check_complete(sim, tmp_path / "run", 4)
 
 
-# --- what is told ---------------------------------------------------------------------------------------------
+# --- what is told ---------------------------------------------------------------------------------------
 
 
 async def test_failed_csv_tells_no_row_that_is_on_its_way_again(tmp_path):

@@ -33,6 +33,8 @@ from batchrun.manifest.expand import Axis, Expansion, parse_axis, parse_values
         (True, [True]),
         (Decimal("7.5"), [Decimal("7.5")]),
         ("a cat ... or so", ["a cat ... or so"]),
+        ("a cat, a dog", ["a cat, a dog"]),  # a sentence; words and numbers with commas are refused
+        ('["1,2"]', ["1,2"]),
         ("007", ["007"]),  # leading zeros survive
     ],
 )
@@ -53,6 +55,8 @@ def test_a_notation_stands_for_these_values(spec: Any, values: list[Any]) -> Non
         (f"1..{'9' * 30}", "not a range"),
         ("", "no values"),
         ("  ", "no values"),
+        ("10,20, 30", 'write 10|20|30, for this one ["10,20, 30"]'),
+        ("DDIM,PNDM", "write DDIM|PNDM"),
         ([], "list is empty"),
         ("[]", "list is empty"),
         ("a||b", "empty value"),

@@ -148,6 +148,11 @@ def test_faults_of_the_command_line_name_its_options() -> None:
         ({"set": {"a": "\udcff"}}, "--set a: a text holds half of a surrogate pair"),
         ({"expand": {"seed": "1.."}}, '--expand seed: "1.." is not a range'),
         ({"map": {"a": ""}}, "--map a: is empty"),
+        ({"expand": {"repeat": "0"}}, "--expand repeat: must be at least 1, not 0"),
+        ({"expand": {"repeat": "x"}}, '--expand repeat: must be a whole number, not "x"'),
+        ({"expand": {"steps": "10,20"}}, '--expand steps: "10,20" is one single text'),
+        ({"set": {"tool": "x"}}, "--set tool: is no parameter; write the tool of all rows as tool (--tool)"),
+        ({"set": {"id": "x"}}, "--set id: cannot be the same for all rows"),
     ]:
         with pytest.raises(UsageError) as caught:
             job_for("a.csv", **values)

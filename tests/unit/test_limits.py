@@ -216,6 +216,21 @@ async def test_when_the_account_allows_more_again_the_limit_climbs_back() -> Non
 
 
 @virtual_time
+async def test_while_submits_wait_elsewhere_one_more_slot_is_tried_and_not_ever_more() -> None:
+    slots = slots_of()
+    async with anyio.create_task_group() as group:
+        for _ in range(4):
+            await slots.take()
+        slots.refused(3)
+        slots.give()
+        for _ in range(50):
+            group.start_soon(slots.take)
+        await anyio.sleep(300)  # an outage: nobody submits, so nothing is learned
+        assert slots.in_use == slots.limit == 4
+        group.cancel_scope.cancel()
+
+
+@virtual_time
 async def test_with_nothing_of_ours_running_a_refused_submit_is_tried_again_after_a_pause() -> None:
     slots = slots_of()
     for _ in range(20):
@@ -393,6 +408,18 @@ async def test_a_wait_that_the_service_asks_for_holds_for_everybody() -> None:
         await anyio.sleep(200)
     assert all(at - begun_at >= 90 for at, _ in passing.passed)
     assert passing.passed
+
+
+@virtual_time
+async def test_a_probe_that_succeeds_while_a_wait_was_asked_for_anew_leaves_its_place_to_another() -> None:
+    gate = gate_of()
+    gate.shut(UNREACHABLE, probe=False)
+    assert await gate.pass_through()
+    async with callers(gate, 3) as passing:
+        gate.shut(RATE_LIMITED, probe=False, after_s=30.0)  # the answer to a submit sent before
+        gate.open()
+        await anyio.sleep(100)
+        assert passing.probes == 1
 
 
 @virtual_time

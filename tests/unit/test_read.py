@@ -237,7 +237,7 @@ def test_a_row_beyond_the_limit_is_told_and_not_held(form: str) -> None:
     packed = gzip.compress(begin + b"x" * 100_000_000, compresslevel=1)
     line = begin.count(b"\n") + 1
     assert fatal(packed, form, max_row_bytes=1_000_000) == (
-        f"m:{line}: the row is longer than 1,000,000 bytes; shorten it, or raise max_row_bytes"
+        f"m:{line}: the row is longer than 1,000,000 bytes; shorten it, or raise max_row_bytes in a job file"
     )
 
 
@@ -470,6 +470,8 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
     (tmp_path / "b.csv").mkdir()
     with pytest.raises(ManifestError, match="Is a directory"):
         open_manifest(tmp_path / "b.csv")
+    with pytest.raises(UsageError, match="is a folder; write the path of a manifest in it"):
+        open_manifest(tmp_path)
 
 
 def test_a_gz_name_promises_gzip(tmp_path: Path) -> None:

@@ -188,6 +188,26 @@ def test_only_the_first_warnings_and_errors_are_said_and_the_others_counted() ->
     assert remarks[-1][0] == "and 5 more warnings"
 
 
+def test_the_same_fault_of_many_rows_is_said_once_with_the_lines_that_have_it() -> None:
+    problems = [Problem("is no parameter", "m.csv", line, "note") for line in (2, 2, 3, 4, 5, 6, 7, 8, 9)]
+    problems += [Problem("is required", "m.csv", 7, "prompt"), Problem("is required", "m.csv", 8, "prompt")]
+    problems += [Problem("cannot be", "m.csv", 7, "steps"), Problem("cannot be", "m.csv", 7, "steps")]
+    problems += [Problem("no such column", "m.csv", 0, "--map a=b")]
+    assert said(opening.errors(problems, total=99)).splitlines() == [
+        "m.csv: --map a=b: no such column",  # what concerns the whole file comes first
+        "m.csv:2: note: is no parameter [the same in lines 3, 4, 5, 6, 7 and 2 more]",
+        "m.csv:7: prompt: is required [the same in line 8]",
+        "m.csv:7: steps: cannot be",  # twice, in one row that was expanded
+        "and 85 more",
+    ]
+
+
+def test_changed_rows_are_counted_in_good_grammar() -> None:
+    one = said(opening.planned(merged(changed=1, rerun=1), [], Counts(), limit=None))
+    assert "1 row bought already asks for something else now and is left alone" in one
+    assert "in the manifest: 1 finished row bought again (--rerun-changed)" in one
+
+
 # --- meanwhile ------------------------------------------------------------------------------------------
 
 
@@ -210,6 +230,12 @@ def test_the_line_says_rows_tasks_and_what_is_waited_for() -> None:
         "3 of 20 rows done, 1 failed, 1 in doubt; 5 of 8 tasks active, 2 rows being saved; "
         "12 images, 0 bytes; waiting: the balance is exhausted"
     )
+
+
+def test_what_was_cancelled_or_is_invalid_is_not_said_to_have_failed() -> None:
+    watch = watched(done=3, failed=1, cancelled=2, invalid=4)
+    assert line(watch.look()).startswith("3 of 10 rows done, 1 failed, 2 cancelled, 4 invalid; ")
+    assert watch.look().settled == 10
 
 
 def test_rows_beyond_the_limit_are_not_in_the_total() -> None:
