@@ -27,17 +27,17 @@ sim: $(READY)  ## start the simulator by itself
 	$(BIN)/batchrun simulate
 
 test: $(READY)  ## run all tests
-	$(BIN)/pytest -n 4
+	$(BIN)/pytest -n 6 --dist worksteal
 
 test-fast: $(READY)  ## run the tests of the rules and properties only
 	$(BIN)/pytest tests/unit tests/property -n 2
 
 crash: $(READY)  ## kill runs at every named point and resume them
-	$(BIN)/pytest tests/crash -n 4
+	$(BIN)/pytest tests/crash -n 6 --dist worksteal
 
 cov: $(READY)  ## run all tests and show what they do not reach
 	$(BIN)/pip install --quiet pytest-cov
-	$(BIN)/pytest -n 4 --cov=batchrun --cov-report=term-missing:skip-covered
+	$(BIN)/pytest -n 6 --dist worksteal --cov=batchrun --cov-report=term-missing:skip-covered
 
 fmt: $(READY)  ## format the code
 	$(BIN)/ruff format .

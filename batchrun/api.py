@@ -13,9 +13,7 @@ A job is a Job, or the path of a job file or of a manifest. Everything runs on a
 from __future__ import annotations
 
 import os
-import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +28,6 @@ from batchrun.progress import Listener, Progress
 from batchrun.runner import Outcome, Runner, plan
 from batchrun.settings import Credentials
 from batchrun.settings import credentials as credentials_from
-from batchrun.store.migrations import migrate
 from batchrun.store.planning import Planning
 from batchrun.tools.catalog import load
 
@@ -158,8 +155,6 @@ def check(job: AnyJob) -> Checked:
     Wrong rows are in `findings.errors`. Raises UsageError where there is nothing to read.
     """
     made = job if isinstance(job, Job) else job_for(job)
-    # a name of "" is a database of its own in a temporary file: a manifest need not fit into memory
-    with closing(sqlite3.connect("", isolation_level=None)) as connection:
-        migrate(connection)
-        reading, _ = plan(made, load(), Planning(connection), stamp="", checkpoint=lambda: None, keep=False)
+    with Planning.scratch() as planning:
+        reading, _ = plan(made, load(), planning, stamp="", checkpoint=lambda: None, keep=False)
     return Checked(reading.requests, reading.images, dict(reading.rows_by_tool), reading.findings)

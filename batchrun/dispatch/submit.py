@@ -197,7 +197,8 @@ class Submitter:
             case WaitForSlot():
                 self._gate.open()
                 self._slots.refused(decision.limit)
-                await self._store.adopt_limit(decision.limit)
+                if decision.limit is not None:
+                    await self._store.adopt_limit(decision.limit)
                 self._progress.announce(Fact.LIMIT, limit=self._slots.limit, told=decision.limit)
             case Pause(reason=reason) if reason == UNREACHABLE:
                 self._gate.trouble(reason, probe=probe)

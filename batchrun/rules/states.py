@@ -40,7 +40,6 @@ class Event(StrEnum):
 TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.PLANNED, Event.INTENT_RECORDED): State.SUBMITTING,
     (State.PLANNED, Event.REJECTED): State.FAILED,  # its tool is gone, or its input image
-    (State.PLANNED, Event.CANCELLED): State.CANCELLED,
     (State.SUBMITTING, Event.ACCEPTED): State.IN_FLIGHT,
     (State.SUBMITTING, Event.WITHDRAWN): State.PLANNED,
     (State.SUBMITTING, Event.REJECTED): State.FAILED,

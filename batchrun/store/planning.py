@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from batchrun.model import State
 from batchrun.rules.naming import stem, stem_with_hash
 from batchrun.rules.policy import PAID_CAUSES
 from batchrun.store.changes import next_settled
+from batchrun.store.migrations import migrate
 from batchrun.store.reading import read_value
 from batchrun.store.records import dumps
 
@@ -118,6 +119,15 @@ class Planning:
         self._run(_STAGED)
         connection.create_function("row_stem", 3, stem, deterministic=True)
         connection.create_function("hashed_stem", 1, stem_with_hash, deterministic=True)
+
+    @classmethod
+    @contextmanager
+    def scratch(cls) -> Iterator[Planning]:
+        """A planning that nothing is kept of."""
+        # a name of "" is a database of its own in a temporary file: a manifest need not fit into memory
+        with closing(sqlite3.connect("", isolation_level=None)) as connection:
+            migrate(connection)
+            yield cls(connection)
 
     def tool(self, description: str) -> int:
         """The number of a tool description (JSON text) in this run's record."""

@@ -144,7 +144,7 @@ class Store:
             lambda connection: connection.execute("UPDATE run SET manifest = ?, job = ?", (manifest, job))
         )
 
-    async def adopt_limit(self, limit: int | None) -> None:
+    async def adopt_limit(self, limit: int) -> None:
         """Record how many active tasks the account allows."""
         await self._write(lambda connection: connection.execute("UPDATE run SET account_limit = ?", (limit,)))
 
@@ -418,10 +418,6 @@ class Store:
     async def record_lost(self, seq: int, failure: Failure) -> Row:
         """The row's images cannot be had: it fails; what is saved stays, and nothing is bought again."""
         return await self._move(seq, Event.GAVE_UP, failure)
-
-    async def record_cancelled(self, seq: int) -> None:
-        """A planned row will not be submitted, by the user's word."""
-        await self._move(seq, Event.CANCELLED, Failure("cancelled", "cancelled by the user"))
 
     async def _move(self, seq: int, event: Event, failure: Failure) -> Row:
         def verb(connection: sqlite3.Connection) -> Row:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from batchrun.errors import ManifestError
 from batchrun.model import Cell, LocalImage, Option, Problem, Request, Severity, Tool, Value
-from batchrun.tools.send import LoraScale, Sender, given_from_json, given_to_json
+from batchrun.tools.send import LoraScale, Sender
 from batchrun.tools.spelling import closest
 from batchrun.tools.values import (
     STORY,
@@ -28,7 +28,7 @@ from batchrun.tools.values import (
     takes_many,
 )
 
-__all__ = ["Binder", "LoraScale", "ReadImage", "closest", "given_from_json", "given_to_json"]
+__all__ = ["Binder", "LoraScale", "ReadImage", "closest"]
 
 #: From a path as the manifest has it to the image; raises ManifestError when it is none. Relative paths, the
 #: folder they must lie in and the hash are its business.

@@ -1,4 +1,4 @@
-"""From what a row gives to what is sent: the tool's whole set of parameters, and the row's part as JSON.
+"""From what a row gives to what is sent: the tool's whole set of parameters.
 
 Everything a tool takes is sent, as in its own sample request, so that an image's metadata tells the whole
 story. Defaults that are samples are not: nobody should be billed for the picture a page shows off.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from batchrun.model import LocalImage, Parameter, Tool, Value
 from batchrun.tools.values import RANDOM, default_value, is_image, is_seed, takes_many
@@ -73,26 +73,3 @@ def _unasked(parameter: Parameter) -> Value:
     if parameter.required or parameter.name in _SAMPLES or is_image(parameter):
         return ""
     return default_value(parameter)
-
-
-# --- the row's part, to be stored ----------------------------------------------------------------
-
-
-def given_to_json(given: Mapping[str, Value | LocalImage]) -> dict[str, Any]:
-    """What a row gives as plain JSON data; a local image is `{"file", "sha256", "bytes"}`."""
-    return {
-        name: {"file": value.path, "sha256": value.sha256, "bytes": value.size_bytes}
-        if isinstance(value, LocalImage)
-        else value
-        for name, value in given.items()
-    }
-
-
-def given_from_json(data: Mapping[str, Any]) -> dict[str, Value | LocalImage]:
-    """What `given_to_json` made of it."""
-    return {
-        name: LocalImage(path=value["file"], sha256=value["sha256"], size_bytes=value["bytes"])
-        if isinstance(value, dict)
-        else value
-        for name, value in data.items()
-    }

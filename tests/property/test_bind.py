@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from decimal import Decimal
 
 from hypothesis import given, settings
@@ -10,7 +9,8 @@ from hypothesis import strategies as st
 
 from batchrun.errors import ManifestError
 from batchrun.model import Cell, LocalImage, Parameter, Tool
-from batchrun.tools.bind import Binder, given_from_json, given_to_json
+from batchrun.store.records import given_from_json, given_to_json
+from batchrun.tools.bind import Binder
 from batchrun.tools.catalog import load
 
 TOOLS = load().tools
@@ -61,8 +61,8 @@ def test_any_row_is_a_sendable_request_or_problems_under_its_columns(
     else:
         assert set(request.given) <= set(cells)
         assert request.images >= 1
-        stored = json.dumps(given_to_json(request.given), ensure_ascii=False).encode("utf-8")
-        assert given_from_json(json.loads(stored)) == request.given
+        stored = given_to_json(request.given).encode("utf-8")
+        assert given_from_json(stored.decode("utf-8")) == request.given
         sent = bound.body(request.given, uploads={"00" * 32: "https://cdn/x"}, seed_key="k")
         assert list(sent) == [parameter.name for parameter in bound.tool.parameters]
         for value in sent.values():
@@ -113,7 +113,7 @@ def test_a_floats_digits_are_kept(number: Decimal) -> None:
     )
 )
 def test_what_a_row_gives_survives_its_storage(values: dict[str, str | int | list[str] | LocalImage]) -> None:
-    assert given_from_json(json.loads(json.dumps(given_to_json(values)))) == values
+    assert given_from_json(given_to_json(values)) == values
 
 
 @given(TEXT)

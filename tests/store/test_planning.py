@@ -17,7 +17,7 @@ from batchrun.tools.bind import Binder
 from batchrun.tools.catalog import load, to_json
 from tests.support.images import draw
 from tests.support.plans import Plans, csv, jsonl
-from tests.support.rows import merge, planned, recount, staged, to_finished, to_in_flight
+from tests.support.rows import merge, planned, recount, staged, to_cancelled, to_finished, to_in_flight
 
 THREE = csv("prompt", "a cat", "a dog", "a fox")
 
@@ -318,7 +318,7 @@ def test_rows_that_were_not_bought_ask_for_what_the_manifest_says_now(plans: Pla
     rows = plans.do(plans.store.claim(State.PLANNED, limit=9))
     store, do = plans.store, plans.do
     do(store.record_rejected(rows[1].seq, Failure("rejected", "no")))
-    do(store.record_cancelled(rows[2].seq))
+    do(to_cancelled(store, rows[2].seq))
     do(to_in_flight(store, rows[3].seq))
     do(to_finished(store, rows[4].seq))
     do(to_finished(store, rows[5].seq))

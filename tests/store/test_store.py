@@ -28,6 +28,7 @@ from tests.support.rows import (
     save_all,
     saved,
     staged,
+    to_cancelled,
     to_done,
     to_finished,
     to_in_flight,
@@ -275,7 +276,7 @@ async def test_settled_numbers_strictly_increase_in_the_order_of_settling(path: 
     await claimed(store)
     await to_done(store, 4)
     await store.record_rejected(2, TROUBLE)
-    await store.record_cancelled(1)
+    await to_cancelled(store, 1)
     await to_done(store, 3)
     settled = await store.settled_after(0, limit=100)
     assert [item.row.seq for item in settled] == [6, 4, 2, 1, 3]
@@ -330,7 +331,7 @@ async def test_retry_buys_fetches_or_leaves_as_the_failure_asks(path: Path) -> N
     store = await planned(path, 6)
     await claimed(store)
     await store.record_rejected(1, TROUBLE)
-    await store.record_cancelled(2)
+    await to_cancelled(store, 2)
     await to_finished(store, 3, images=2)
     await store.record_output(3, saved((await store.row(3)).outputs[0], "images/3_0.png"))
     await store.record_lost(3, Failure("download failed", "404"))
@@ -424,7 +425,7 @@ async def test_failures_are_grouped_by_cause_the_largest_first(path: Path) -> No
     for seq in (2, 5, 7):
         await store.record_rejected(seq, Failure("rejected", f"row {seq}"))
     await store.record_rejected(9, Failure("task failed", "boom"))
-    await store.record_cancelled(10)
+    await to_cancelled(store, 10)
     assert await store.failures() == [
         (State.FAILED, Failure("rejected", "row 2"), 3, 2),
         (State.CANCELLED, Failure("cancelled", "cancelled by the user"), 1, 10),
@@ -444,7 +445,7 @@ async def test_rows_that_did_not_make_it_are_given_back_as_the_manifest_had_them
     store = await planned(path, [*(staged(n) for n in range(1, 5)), staged(5, "?", message="wrong")])
     await claimed(store)
     await store.record_rejected(3, TROUBLE)
-    await store.record_cancelled(1)
+    await to_cancelled(store, 1)
     await to_done(store, 2)
     first = await store.rejected_rows(after_seq=0, limit=2)
     assert [(row.seq, row.cells) for row in first] == [
@@ -490,6 +491,4 @@ async def test_facts_of_the_run_are_kept(path: Path) -> None:
     assert "/Run/wiro/any" in await store.tool(1)
     with pytest.raises(KeyError):
         await store.tool(2)
-    await store.adopt_limit(None)
-    assert await store.account_limit() is None
     store.close()

@@ -230,7 +230,7 @@ class StoreMachine(RuleBasedStateMachine):
     def ways(self) -> dict[State, list[Way]]:
         """What may happen to a claimed row."""
         return {
-            S.PLANNED: [*[self.intend] * 4, self.cancel_before_it_is_sent],
+            S.PLANNED: [self.intend],
             S.SUBMITTING: [
                 *[self.accept] * 4,
                 self.lose_the_answer,
@@ -261,10 +261,6 @@ class StoreMachine(RuleBasedStateMachine):
         self.check(seq, row)
         assert row.attempt is not None
         assert row.attempt.number == known.attempts + 1
-
-    def cancel_before_it_is_sent(self, seq: int, known: Known) -> None:
-        known.rest(S.CANCELLED, "cancelled")
-        self.do(self.store.record_cancelled(seq))
 
     def accept(self, seq: int, known: Known, *, adopted: bool = False) -> None:
         known.task, known.state, known.cause = self.new_task(), S.IN_FLIGHT, None

@@ -419,7 +419,6 @@ async def test_a_copy_taken_at_any_moment_is_a_sound_state(path: Path, tmp_path:
 
 CHANGES: list[tuple[str, Callable[[Store, int], object]]] = [
     ("planned", to_submitting),
-    ("planned", lambda store, seq: store.record_cancelled(seq)),
     ("planned", lambda store, seq: store.record_rejected(seq, TROUBLE)),
     ("submitting", lambda store, seq: store.record_accepted(seq, Accepted("7", ""), at=1.0)),
     ("submitting", lambda store, seq: store.withdraw(seq)),

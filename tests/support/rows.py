@@ -10,7 +10,8 @@ from decimal import Decimal
 from hashlib import blake2b
 from pathlib import Path
 
-from batchrun.model import Accepted, Counts, Output, RemoteOutput, Row, State, Task
+from batchrun.model import Accepted, Counts, Failure, Output, RemoteOutput, Row, State, Task
+from batchrun.rules.states import Event
 from batchrun.store.planning import Merged, Planning, Staged
 from batchrun.store.store import Intent, Store, connect
 
@@ -90,11 +91,15 @@ async def to_in_flight(store: Store, seq: int, task: str | None = None, *, reser
     return await store.record_accepted(seq, Accepted(task, "secret"), at=11.0)
 
 
+def _task_of(row: Row) -> str:
+    assert row.attempt is not None
+    return row.attempt.task_id or ""
+
+
 def ended(row: Row, *, cost: str | None = "0.01", images: int = 1) -> Task:
     """The row's task as a success."""
-    assert row.attempt is not None
     return Task(
-        row.attempt.task_id or "",
+        _task_of(row),
         status="task_postprocess_end",
         pexit="0",
         cost_usd=None if cost is None else Decimal(cost),
@@ -104,6 +109,13 @@ def ended(row: Row, *, cost: str | None = "0.01", images: int = 1) -> Task:
             for n in range(images)
         ),
     )
+
+
+async def to_cancelled(store: Store, seq: int) -> Row:
+    row = await to_in_flight(store, seq)
+    task = Task(_task_of(row), status="task_cancel")
+    failure = Failure("cancelled", "cancelled by the user")
+    return await store.record_attempt_failed(seq, task, failure, at=12.0, event=Event.CANCELLED)
 
 
 async def to_finished(store: Store, seq: int, *, cost: str | None = "0.01", images: int = 1) -> Row:

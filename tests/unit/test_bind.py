@@ -9,7 +9,7 @@ import pytest
 
 from batchrun.errors import ManifestError
 from batchrun.model import Cell, LocalImage, Option, Parameter, Problem, Request, Setting, Severity, Tool
-from batchrun.tools.bind import Binder, LoraScale, closest, given_from_json, given_to_json
+from batchrun.tools.bind import Binder, LoraScale, closest
 from batchrun.tools.catalog import load
 from batchrun.tools.page import parse
 from tests.support.tool_pages import PAGE
@@ -573,9 +573,3 @@ def test_a_list_under_a_single_valued_name_stands_for_several_requests(
 )
 def test_the_closest_name(name: str, known: list[str], meant: str | None) -> None:
     assert closest(name, known) == meant
-
-
-def test_what_a_row_gives_survives_json() -> None:
-    given = {"prompt": "x", "steps": 5, "loras": ["1"], "image": FACE}
-    assert given_to_json(given)["image"] == {"file": "faces/a.png", "sha256": "ab" * 32, "bytes": 5}
-    assert given_from_json(given_to_json(given)) == given

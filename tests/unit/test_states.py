@@ -17,8 +17,6 @@ MOVES = [
     (S.PLANNED, E.INTENT_RECORDED, S.SUBMITTING),
     # its tool or its input image is gone: nothing is sent
     (S.PLANNED, E.REJECTED, S.FAILED),
-    # the user cancels what was not submitted yet
-    (S.PLANNED, E.CANCELLED, S.CANCELLED),
     # the service took it
     (S.SUBMITTING, E.ACCEPTED, S.IN_FLIGHT),
     # it was certainly not taken: not sent, or "wait"
