@@ -154,10 +154,15 @@ class Dispatcher:
         Raises StoreError when the state cannot be written any more.
         """
         async with anyio.create_task_group() as services:
-            for service in (self._tracker.run, self._doubts.run, self._obey_orders, self._watch):
+            for service in (
+                self._tracker.run,
+                self._doubts.run,
+                self._obey_orders,
+                self._watch,
+                self._ask_newest,
+            ):
                 services.start_soon(service)
             with anyio.CancelScope() as self._rows_scope:
-                await self._ask_newest()
                 async with anyio.create_task_group() as rows:
                     await self._feed(rows)
             services.cancel_scope.cancel()
@@ -173,12 +178,14 @@ class Dispatcher:
             self._rows_scope.cancel()
 
     async def _ask_newest(self) -> None:
-        """Learn the newest task id: what is newer later may be a lost submit's."""
-        with anyio.move_on_after(NEWEST_S), self._sign.wait():
-            try:
-                self._submitter.newest_task = await self._doubts.newest_task()
-            except errors.CredentialsRefused as error:
-                self.stop(str(error))
+        """Learn the newest task id: what is newer later may be a lost submit's. Submits wait for it."""
+        try:
+            with anyio.move_on_after(NEWEST_S):
+                self._submitter.learn_newest(await self._doubts.newest_task())
+        except errors.CredentialsRefused as error:
+            self.stop(str(error))
+        finally:
+            self._submitter.may_begin.set()
 
     async def _feed(self, rows: anyio.abc.TaskGroup) -> None:
         """Start rows in the order of what they are worth: paid ones first, new ones last."""

@@ -74,8 +74,9 @@ class Submitter:
         give_up_doubt: Callable[[Row], bool],
         rng: Random,
     ) -> None:
-        #: The newest task id known, None when none is.
-        self.newest_task: int | None = None
+        #: Set once the newest task before the first submit has been asked for.
+        self.may_begin = anyio.Event()
+        self._newest_task: int | None = None
         self._store = store
         self._service = service
         self._doubts = doubts
@@ -97,6 +98,11 @@ class Submitter:
         #: Tools the service says it does not have; None until a second answer confirms it.
         self._missing_tools: dict[int, Failure | None] = {}
 
+    def learn_newest(self, task: int | None) -> None:
+        """Remember the newest task id that is known; None: none is."""
+        if task is not None:
+            self._newest_task = max(self._newest_task or 0, task)
+
     # --- a planned row --------------------------------------------------------------------------------
 
     async def submit(self, row: Row, slot: Slot) -> Row | None:
@@ -106,6 +112,7 @@ class Submitter:
         with self._sign.wait():
             body = await self._body(row, binder)
             if not isinstance(body, Failure):
+                await self.may_begin.wait()
                 await slot.take()
                 probe = await self._gate.pass_through()
         if self._sign.reason is not None:
@@ -126,7 +133,7 @@ class Submitter:
         self._under_way[asked_for] += 1
         try:
             row = await self._store.record_intent(
-                Intent(row.seq, time.time(), self._service.server_now(), self.newest_task)
+                Intent(row.seq, time.time(), self._service.server_now(), self._newest_task)
             )
             if self._sign.reason is not None:
                 await self._store.withdraw(row.seq)
@@ -154,7 +161,7 @@ class Submitter:
         self._missing_tools.pop(row.tool, None)
         self._refusals.pop(row.seq, None)
         if accepted.task_id.isdecimal():
-            self.newest_task = max(self.newest_task or 0, int(accepted.task_id))
+            self.learn_newest(int(accepted.task_id))
         self._progress.announce(Fact.IN_FLIGHT, row, task=accepted.task_id)
 
     async def _refused(self, row: Row, slot: Slot, error: errors.ServiceError, *, probe: bool) -> Row | None:

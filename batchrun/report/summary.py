@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from batchrun.model import Counts, Failure, State
+from batchrun.model import TERMINAL, Counts, Failure, State
 from batchrun.report.words import Line, count, duration, near, plain, size, spent
 from batchrun.rules.policy import LOST_CAUSES
 
@@ -94,7 +94,8 @@ def next_steps(
                 f"rows that did not make it: {plain(near(folder / name))}, ready to be corrected and run",
                 "",
             )
-    if is_stopped:
+    unsettled = any(rows for state, rows in of.items() if state not in TERMINAL)
+    if is_stopped and (unsettled or not of):
         yield f"to go on: run {command} again", "bold"
     elif any(of.get(state, 0) for state in (State.SUBMITTING, State.IN_FLIGHT, State.FINISHED)):
         yield f"to look at the unfinished rows again: run {command} again", "bold"

@@ -77,7 +77,7 @@ class Deadlines:
     #: A whole Run, answer included: the service answers once the task is queued.
     submit_s: float = 60.0
     #: Any other call.
-    call_s: float = 30.0
+    call_s: float = 15.0
     #: Between two pieces of a file.
     silence_s: float = 30.0
     #: A whole file; a slow one goes on with Range.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import replace
+from functools import partial
 
 import anyio
 import pytest
@@ -12,6 +13,7 @@ from batchrun.model import State
 from batchrun.progress import Event, Fact, Progress
 from batchrun.runner import Again, Runner
 from batchrun.simulator.server import Simulator
+from batchrun.wiro.client import Deadlines, Wiro
 from tests.support.images import draw
 from tests.support.runs import (
     Facts,
@@ -127,6 +129,25 @@ async def test_a_cancelled_task_whose_answer_was_lost_is_seen_cancelled(tmp_path
         outcome = await runner.run()
         assert sim.active == 0
         assert outcome.counts.by_state == {State.CANCELLED: 3}
+
+
+async def test_what_was_bought_is_fetched_while_the_newest_task_is_still_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("batchrun.dispatch.dispatcher.NEWEST_S", 1000.0)
+    patient = partial(Wiro, deadlines=Deadlines(call_s=1000.0))
+    monkeypatch.setattr("batchrun.runner.Wiro", patient)
+    job = job_of(write_rows(tmp_path / "m.csv", 3))
+    async with Simulator(seconds=0.5, stall_s=1000.0, faults=["list-stall@2"]) as sim:
+        runner = Runner(job, credentials_of(sim))
+
+        def leave(event: Event) -> None:
+            if event.fact is Fact.IN_FLIGHT and len(sim.tasks) == 3:
+                runner.abort()
+
+        runner.progress.listen(leave)
+        await runner.run()
+        with anyio.fail_after(30):
+            assert (await run_job(sim, job)).exit_code == 0
+        check_complete(sim, tmp_path / "run", 3)
 
 
 # --- saving -------------------------------------------------------------------------------------------------
