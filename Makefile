@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo sim test test-fast crash cov lint fmt types check docs clean
+.PHONY: help install demo sim test test-fast crash cov fuzz lint fmt types check docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,14 @@ crash: $(READY)  ## kill runs at every named point and resume them
 cov: $(READY)  ## run all tests and show what they do not reach
 	$(BIN)/pip install --quiet pytest-cov
 	$(BIN)/pytest -n 6 --dist worksteal --cov=batchrun --cov-report=term-missing:skip-covered
+
+FUZZ = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["fuzz"])
+
+fuzz: $(READY)  ## fuzz every parser for FUZZ_SECONDS each (60), guided by coverage
+	@$(BIN)/python -c 'import atheris' 2>/dev/null \
+	  || $(BIN)/pip install --quiet --disable-pip-version-check --only-binary :all: $$($(BIN)/python -c '$(FUZZ)') \
+	  || { echo "make fuzz needs atheris, which has no wheel for this Python or system; nothing was fuzzed"; exit 1; }
+	$(BIN)/python -m fuzz
 
 fmt: $(READY)  ## format the code
 	$(BIN)/ruff format .

@@ -61,11 +61,22 @@ class PageError(UsageError):
 class ManifestError(UsageError):
     """Rows cannot become requests; `problems` names each place, fault and cure."""
 
-    def __init__(self, problems: Sequence[Problem], *, total: int | None = None) -> None:
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        *,
+        total: int | None = None,
+        blocking: Sequence[Problem] = (),
+        valid_rows: int = 0,
+    ) -> None:
         super().__init__("\n".join(str(problem) for problem in problems[:50]))
         self.problems = tuple(problems)
         #: How many there are in all; more than `problems` where those are too many to keep.
         self.total = total or len(self.problems)
+        #: Those of them that no skipping of rows can help.
+        self.blocking = tuple(blocking)
+        #: Rows that could be asked for if the others were skipped.
+        self.valid_rows = valid_rows
 
 
 class ServiceError(BatchrunError):

@@ -289,6 +289,8 @@ class Row:
     outputs: tuple[Output, ...] = ()
     #: How often a finished row was asked for anew; 0 at first.
     generation: int = 0
+    #: The hash of what it asks for, in hex.
+    content: str = ""
     #: Whether the manifest as last read has it; what was begun for others is finished, and not counted.
     present: bool = True
 

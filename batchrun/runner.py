@@ -13,8 +13,9 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Collection
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -23,17 +24,23 @@ import anyio.from_thread
 import anyio.to_thread
 
 from batchrun import errors
+from batchrun.dispatch.cap import Cap, Published
 from batchrun.dispatch.dispatcher import Dispatcher, Limits
 from batchrun.dispatch.listing import Listing
 from batchrun.dispatch.saving import Saver
+from batchrun.dispatch.search import Search
 from batchrun.manifest.job import Job
+from batchrun.manifest.json_text import shown
 from batchrun.manifest.read import open_manifest
 from batchrun.model import TERMINAL, Counts, Failure, Row, State
+from batchrun.outputs.missing import Missing, missing
 from batchrun.plan.inputs import LocalImages
 from batchrun.plan.prices import Estimate, estimate
 from batchrun.plan.reading import ID, Findings, Reading
 from batchrun.progress import Fact, Progress
+from batchrun.rules.halt import Halt, parse_halt
 from batchrun.settings import Credentials
+from batchrun.store.damage import check_sound
 from batchrun.store.folder import Folder
 from batchrun.store.orders import order_cancel
 from batchrun.store.planning import Merged, Planning, form_json
@@ -68,6 +75,10 @@ class Outcome:
     rejected: int = 0
     #: Rows beyond --limit.
     beyond_limit: int = 0
+    #: Images of done rows that are not in their place any more; None: all are.
+    missing: Missing | None = None
+    #: What failed.csv was renamed to, since it had been edited and its rows are others now; None: it was not.
+    kept: str | None = None
 
     @property
     def exit_code(self) -> int:
@@ -89,6 +100,10 @@ class Again:
     ids: Collection[str] = ()
     #: Only to cancel what runs at the service: nothing is submitted.
     cancel: bool = False
+    #: How the rows of those ids stood before.
+    standing: dict[str, State] = field(default_factory=dict)
+    #: Doubtful rows that are looked up once more by the user's word.
+    doubtful: int = 0
     requeued: Requeued = field(default_factory=Requeued)
 
 
@@ -103,7 +118,9 @@ class Runner:
         progress: Progress | None = None,
         again: Again | None = None,
         planned: Callable[[Runner], None] = lambda runner: None,
+        rehearsal: bool = False,
     ) -> None:
+        """`rehearsal`: the credentials are those of a simulator started for the occasion."""
         self.job = job
         self.progress = progress or Progress()
         self.folder = Folder(job.folder)
@@ -111,9 +128,12 @@ class Runner:
         self.findings: Findings | None = None
         self.merged: Merged | None = None
         self.estimates: list[Estimate] = []
+        #: Rows and images that this start is to buy, by the tool's run path.
+        self.to_buy: dict[str, tuple[int, int]] = {}
         #: Planned rows that this start leaves alone, by --limit.
         self.beyond_limit = 0
         self.again = again
+        self.rehearsal = rehearsal
         self._credentials = credentials
         self._planned = planned
         self._dispatcher: Dispatcher | None = None
@@ -149,10 +169,12 @@ class Runner:
 
         Raises ManifestError (nothing was sent), UsageError, StoreError or DiskError.
         """
+        self.folder.expect_kind(rehearsal=self.rehearsal)
         self.folder.create()
         try:
             with self.folder.locked():
                 is_new = not self.folder.is_run
+                await anyio.to_thread.run_sync(check_sound, self.folder)
                 store = Store.open(self.folder.state)
                 try:
                     return await self._with_store(store)
@@ -171,9 +193,14 @@ class Runner:
             await store.begin_lease(
                 token=secrets.token_hex(8), host=socket.gethostname(), pid=os.getpid(), at=time.time()
             )
+            if self.again is not None and await store.is_unread():
+                raise errors.UsageError(
+                    f"{self.folder.path} was repaired: run its manifest first, which finds what was lost"
+                )
             if self.again is None:
                 await self._plan(store)
             else:
+                await self._look_at_ids(store, self.again)
                 self.again.requeued = await store.requeue(
                     states=[state for state in self.again.states if state is not State.IN_DOUBT],
                     ids=self.again.ids,
@@ -184,6 +211,21 @@ class Runner:
             self.progress.begin(await store.counts())
             return await self._work(store)
         return Outcome(self.folder.path, Counts(), stopped=self._stopped)
+
+    async def _look_at_ids(self, store: Store, again: Again) -> None:
+        """Raises UsageError for ids that no row of the manifest has."""
+        again.standing = await store.states_of(again.ids)
+        missing = [id_ for id_ in dict.fromkeys(again.ids) if id_ not in again.standing]
+        if missing:
+            raise errors.UsageError(
+                f"--id: no row of the run has the id {', '.join(map(shown, missing[:10]))}"
+                + (f" (and {len(missing) - 10:,} more have none)" if len(missing) > 10 else "")
+                + "; the ids are in results.jsonl"
+            )
+        if State.IN_DOUBT in again.states:
+            counts = (await store.counts()).by_state
+            named = sum(state is State.IN_DOUBT for state in again.standing.values())
+            again.doubtful = named if again.ids else counts.get(State.IN_DOUBT, 0)
 
     # --- planning --------------------------------------------------------------------------------------
 
@@ -214,7 +256,7 @@ class Runner:
         )
         self.findings = reading.findings
         if merged is None:
-            raise errors.ManifestError(reading.findings.errors, total=reading.findings.error_count)
+            raise reading.findings.as_error()
         self.merged = merged
         self.progress.announce(Fact.PLANNED, rows=merged.rows, images=merged.images, new=merged.new)
 
@@ -229,9 +271,14 @@ class Runner:
     # --- working ------------------------------------------------------------------------------------------
 
     async def _work(self, store: Store) -> Outcome:
-        binder_of = cache(self._binder)
-        listing = Listing(self.folder, store, self.progress, binder_of)
-        await listing.begin()
+        binder_of = cache(binder_from)
+        with closing(Listing(self.folder, store, self.progress, binder_of)) as listing:
+            await listing.begin()
+            return await self._work_listed(store, listing, binder_of)
+
+    async def _work_listed(
+        self, store: Store, listing: Listing, binder_of: Callable[[str], Binder]
+    ) -> Outcome:
         # who asks again for rows means all of them, whatever a try was limited to
         limit = self.job.limit if self.again is None else None
         last_seq = await store.last_seq_of(limit) if limit else None
@@ -239,11 +286,17 @@ class Runner:
             last_seq = 0
         if last_seq is not None:
             self.beyond_limit = await store.planned_beyond(last_seq)
+        for number, rows, images in await store.unbought(last_seq=last_seq):
+            run_path = binder_of(await store.tool(number)).tool.run_path
+            before = self.to_buy.get(run_path, (0, 0))  # a tool may be known by several descriptions
+            self.to_buy[run_path] = before[0] + rows, before[1] + images
         dispatcher = None
-        if await store.has_work():
+        if await store.has_work() or await store.wanted() is not None:
             async with Wiro(self._credentials) as wiro, anyio.create_task_group() as group:
                 await self._ask_prices(wiro)
                 self._planned(self)
+                if await Search(store, wiro, self.progress, binder_of, give_up=self._give_up_doubt).run():
+                    self.progress.begin(await store.counts())
                 dispatcher = await self._dispatch(store, wiro, listing, group, last_seq, binder_of)
         else:
             self._planned(self)
@@ -282,7 +335,13 @@ class Runner:
                 attempts=job.attempts,
                 last_seq=last_seq,
                 regenerate_lost=job.regenerate_lost,
+                max_pause_s=job.max_pause,
+                halt=parse_halt(job.halt) if job.halt else Halt(),
+                kill_stuck=job.on_stuck == "kill",
+                submit=self.again is None or not self.again.cancel,
+                address=self._credentials.base_url,
             ),
+            cap=await self._cap(store, wiro, binder_of),
             binders=binder_of,
             image_path=LocalImages(manifest_folder, allow_outside=True).path,
             give_up_doubt=self._give_up_doubt,
@@ -302,15 +361,12 @@ class Runner:
             return False
         return not again.ids or row.id in again.ids or row.name in again.ids
 
-    def _binder(self, description: str) -> Binder:
-        return Binder(from_json(json.loads(description)), lora_scale=self.job.lora_scale)
-
     async def _ask_prices(self, wiro: Wiro) -> None:
         """What is known of the price of what was newly planned; who does not tell is not waited for."""
         if self.findings is None or self.merged is None:
             return
         with anyio.move_on_after(_PRICES_S):
-            for run_path, (rows, images) in self.merged.by_tool.items():
+            for run_path, (rows, images) in self.to_buy.items():
                 owner, slug = run_path.split("/")[-2:]
                 try:
                     facts = await wiro.tool_price(owner, slug)
@@ -320,6 +376,19 @@ class Runner:
                     self.estimates.append(
                         estimate(slug, rows, images, facts.prices, facts.approximate_cost_usd)
                     )
+
+    async def _cap(self, store: Store, wiro: Wiro, binder_of: Callable[[str], Binder]) -> Cap:
+        """The run's cost cap with what is published of its tools' prices; without a cap nothing is asked."""
+        if self.job.max_cost is None:
+            return Cap(None, {}, store)
+        published = {}
+        with anyio.move_on_after(_PRICES_S):
+            for number in await store.tool_numbers():
+                tool = binder_of(await store.tool(number)).tool
+                with suppress(errors.ServiceError):  # not published: its first bill is waited for
+                    facts = await wiro.tool_price(tool.owner, tool.slug)
+                    published[number] = Published(facts.prices, facts.approximate_cost_usd)
+        return Cap(await store.budget(self.job.max_cost), published, store)
 
     async def _finish(self, store: Store, listing: Listing, dispatcher: Dispatcher | None) -> Outcome:
         with anyio.CancelScope(shield=True):
@@ -332,28 +401,31 @@ class Runner:
                 left=dict(dispatcher.left) if dispatcher is not None else {},
                 rejected=rejected,
                 beyond_limit=self.beyond_limit,
+                missing=await store.of_saved(partial(missing, self.folder.path)),
+                kept=listing.kept,
             )
             await store.end_lease(time.time())
         return outcome
 
 
+def binder_from(description: str) -> Binder:
+    """The binder of a tool as the run's record describes it: it makes requests just as they were sent."""
+    data = json.loads(description)
+    return Binder(from_json(data), lora_scale=data.get("lora_scale", "prompt"))
+
+
 async def bring_up_to_date(folder: Folder) -> None:
     """Write what a killed runner still owed to the sidecar files. The caller holds the folder's lock."""
+    check_sound(folder)
     store = Store.open(folder.state)
     try:
-        job = await store.job()
-        lora_scale = Job.from_json(job).lora_scale if job else "prompt"
         await store.begin_lease(
             token=secrets.token_hex(8), host=socket.gethostname(), pid=os.getpid(), at=time.time()
         )
-        listing = Listing(
-            folder,
-            store,
-            Progress(),
-            cache(lambda text: Binder(from_json(json.loads(text)), lora_scale=lora_scale)),
-        )
-        await listing.begin()
-        await listing.finish()
+        binder_of = cache(binder_from)
+        with closing(Listing(folder, store, Progress(), binder_of)) as listing:
+            await listing.begin()
+            await listing.finish()
         await store.end_lease(time.time())
     finally:
         store.close()
@@ -381,12 +453,13 @@ def plan(
         try:
             reading.read(manifest)
             found = reading.findings
-            if not keep or found.fatal or (found.error_count and not job.skip_invalid):
+            if not keep or not found.allows(skip_invalid=job.skip_invalid):
                 return reading, None
             form = form_json(
                 format=manifest.format,
                 delimiter=manifest.delimiter,
                 columns=_columns(job, manifest.columns),
+                bom=manifest.has_bom,
             )
             merged = planning.merge(
                 stamp=stamp,

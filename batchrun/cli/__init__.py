@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
-import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import click
 
 from batchrun import __version__
-from batchrun.errors import BatchrunError, FolderTaken, StoreTooNew, UsageError
+from batchrun.cli import streams
+from batchrun.errors import BatchrunError, FolderTaken, StoreDamaged, StoreTooNew, UsageError
 
 #: Command → the module that holds it under its own name.
 COMMANDS = {
@@ -19,6 +21,7 @@ COMMANDS = {
     "status": "batchrun.cli.status",
     "retry": "batchrun.cli.retry",
     "cancel": "batchrun.cli.cancel",
+    "repair": "batchrun.cli.repair",
     "tools": "batchrun.cli.tools",
     "simulate": "batchrun.simulator.command",
 }
@@ -27,6 +30,10 @@ COMMANDS = {
 EXIT_USAGE = 2
 #: Stopped early; run again to go on.
 EXIT_STOPPED = 3
+#: Errors after which running again is of no use before someone has seen to it.
+_TO_BE_MENDED = (UsageError, FolderTaken, StoreTooNew, StoreDamaged)
+#: What may run out at any line, be it the import of a module.
+_SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOSPC})
 
 
 class Commands(click.Group):
@@ -56,27 +63,34 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code. What we raise on purpose is said without a traceback."""
+    streams.mend()
     try:
         code = cli.main(args=arguments, prog_name="batchrun", standalone_mode=False)
-        sys.stdout.flush()
     except click.ClickException as error:
-        error.show()
+        with suppress(OSError):
+            error.show()
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = EXIT_STOPPED
     except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_STOPPED
     except BatchrunError as error:
         _say_error(str(error))
-        code = EXIT_USAGE if isinstance(error, (UsageError, FolderTaken, StoreTooNew)) else EXIT_STOPPED
-    except Exception:
-        import traceback
+        code = EXIT_USAGE if isinstance(error, _TO_BE_MENDED) else EXIT_STOPPED
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _SCARCE:  # met outside of all that expects it
+            from batchrun.outputs.disk import cure_of
 
-        from batchrun.cli.options import redacted
+            _say_error(f"{error.filename or 'stopped'}: {cure_of(error)}")
+        else:
+            import traceback
 
-        sys.stderr.write(redacted(traceback.format_exc()))
+            from batchrun.cli.options import redacted
+
+            with suppress(OSError):
+                sys.stderr.write(redacted(traceback.format_exc()))
         code = EXIT_STOPPED
+    streams.flush()
     sys.exit(code or 0)
 
 

@@ -95,8 +95,11 @@ def _tell(talk: Talk, before: Standing, after: Standing) -> int:
     was, now = before.counts.by_state, after.counts.by_state
     cancelled = now.get(State.CANCELLED, 0) - was.get(State.CANCELLED, 0)
     saved = now.get(State.DONE, 0) - was.get(State.DONE, 0)
-    told = [f"{count(cancelled, 'row')} cancelled"] if cancelled > 0 or saved <= 0 else []
+    told = [f"{count(cancelled, 'row')} cancelled"] if cancelled > 0 else []
     told += [f"{count(saved, 'row')} done before that"] if saved > 0 else []
+    if cancelled <= 0 and before.active and not after.active:
+        told = ["nothing to cancel: the tasks had ended"]
+        told += [f"{count(saved, 'row')} done"] if saved > 0 else []
     talk.say(", ".join(told) if before.active or cancelled else "nothing was running", "bold")
     if after.active:
         talk.say(f"{count(after.active, 'task')} may still run: ask again", "bold red")

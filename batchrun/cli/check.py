@@ -12,6 +12,7 @@ from batchrun.cli.options import SERVICE_NAMES, job_of, reading_options, service
 
 if TYPE_CHECKING:
     from batchrun.api import Checked
+    from batchrun.manifest.job import Job
 
 
 @click.command(short_help="Validate and count a manifest; nothing is sent.")
@@ -36,12 +37,11 @@ def check(job: str, as_json: bool, **values: Any) -> int:
         from batchrun.api import check as check_job
 
         checked = check_job(made)
-    found = checked.findings
-    is_ready = not found.fatal and (not found.error_count or made.skip_invalid)
+    is_ready = checked.findings.allows(skip_invalid=made.skip_invalid)
     if as_json:
         print(json.dumps(_to_json(checked)))
     else:
-        _tell(checked, limit=made.limit, is_ready=is_ready)
+        _tell(checked, made, is_ready=is_ready)
     return 0 if is_ready else EXIT_USAGE
 
 
@@ -59,7 +59,8 @@ def _to_json(checked: Checked) -> dict[str, Any]:
     }
 
 
-def _tell(checked: Checked, *, limit: int | None, is_ready: bool) -> None:
+def _tell(checked: Checked, job: Job, *, is_ready: bool) -> None:
+    from batchrun.cli.problems import about_skipping
     from batchrun.report.opening import errors, remarks
     from batchrun.report.talk import Talk
     from batchrun.report.words import count, plain
@@ -71,8 +72,8 @@ def _tell(checked: Checked, *, limit: int | None, is_ready: bool) -> None:
     talk.say(f"{count(checked.rows, 'row')}, {count(checked.images, 'image')} to expect", "bold")
     for slug, rows in checked.tools.items():
         talk.say(f"  {plain(slug)}: {count(rows, 'row')}")
-    if limit is not None:
-        talk.say(f"a run would work on the first {count(limit, 'row')} only (--limit)")
+    if job.limit is not None:
+        talk.say(f"a run would work on the first {count(job.limit, 'row')} only (--limit)")
     for text, style in remarks(found):
         talk.say(text, style)
     if found.error_count and is_ready:
@@ -81,6 +82,7 @@ def _tell(checked: Checked, *, limit: int | None, is_ready: bool) -> None:
             "bold yellow",
         )
     elif found.error_count:
-        talk.say(f"{count(found.error_count, 'error')}: nothing would be sent", "bold red")
+        told = f"{count(found.error_count, 'error')}: nothing would be sent"
+        talk.say(told + about_skipping(found.as_error(), job), "bold red")
     else:
         talk.say("ready to run", "bold green")

@@ -45,6 +45,23 @@ concurrency_option = click.option(
     metavar="N|auto",
     help="Tasks active at the service at once. Default: auto, found by trying.",
 )
+_cost_option = click.option(
+    "--max-cost", metavar="USD", help="What the run may cost in all its starts. Default: no cap."
+)
+_halt_option = click.option(
+    "--halt",
+    metavar="WHEN",
+    help="Stop when failures come to fail=N rows or fail=N% of the settled ones; or never. Default: after 50 "
+    "in a row for one cause.",
+)
+_stuck_option = click.option(
+    "--on-stuck",
+    type=click.Choice(["leave", "kill"]),
+    help="Tasks that do not move on: left to the next start (the default), or killed and asked for anew.",
+)
+_pause_option = click.option(
+    "--max-pause", metavar="TIME", help="How long to wait for an exhausted balance, as in 30m. Default: 1h."
+)
 lost_option = _flag("--regenerate-lost", "Buy rows again that were paid for and left no image.")
 
 _READING = (
@@ -95,6 +112,12 @@ _READING = (
         metavar="N",
         help="What expansion may make of the manifest. Default: 100000.",
     ),
+    click.option(
+        "--max-row-bytes",
+        type=_COUNT,
+        metavar="N",
+        help="A manifest row's size at most, which bounds memory. Default: 16777216.",
+    ),
 )
 _WORKING = (
     click.option("--out", type=_PATH, metavar="DIR", help="The run's folder. Default: runs/<manifest name>."),
@@ -108,6 +131,10 @@ _WORKING = (
         metavar="N",
         help="Submissions of a row while its tasks fail, which is not billed. Default: 3.",
     ),
+    _cost_option,
+    _halt_option,
+    _stuck_option,
+    _pause_option,
     _flag("--rerun-changed", "Buy finished rows again that ask for something else now."),
     lost_option,
 )
@@ -139,6 +166,9 @@ def _all(options: tuple[Callable[[Any], Any], ...]) -> Callable[[Command], Comma
 #: What reads a manifest, what works on it, how the service is asked and shown.
 reading_options = _all(_READING)
 working_options = _all(_WORKING)
+bounds_options = _all(
+    (concurrency_option, _cost_option, _halt_option, _stuck_option, _pause_option, lost_option)
+)
 service_options = _all(_SERVICE)
 #: What `service_options` are called as arguments.
 SERVICE_NAMES = frozenset({"env_file", "simulate", "log_file", "no_display"})

@@ -12,11 +12,22 @@ from batchrun.errors import BatchrunError, ManifestError, UsageError
 from batchrun.model import Problem
 from batchrun.report.opening import errors, to_json
 from batchrun.report.talk import Talk
+from batchrun.report.words import plain
 
 if TYPE_CHECKING:
     from batchrun.manifest.job import Job
 
 EXIT_USAGE = 2
+
+
+def about_skipping(error: ManifestError, job: Job | None) -> str:
+    """What `--skip-invalid` would do here, or why it did nothing; "" where it is of no use."""
+    skips = job is not None and job.skip_invalid
+    if skips and error.blocking:
+        first = plain(str(error.blocking[0]))
+        more = f" (and {len(error.blocking) - 1:,} more)" if len(error.blocking) > 1 else ""
+        return f"; --skip-invalid cannot help with {first}{more}"
+    return " (--skip-invalid runs the other rows)" if error.valid_rows and not error.blocking else ""
 
 
 class Telling:
@@ -36,17 +47,14 @@ def telling_errors(*, as_json: bool) -> Iterator[Telling]:
         if as_json:
             problems = error.problems if isinstance(error, ManifestError) else [Problem(str(error))]
             print(json.dumps({"errors": to_json(problems)}))
-        elif not isinstance(error, ManifestError):
-            raise
+        elif not isinstance(error, ManifestError) or not (error.blocking or error.problems[0].line):
+            raise  # nothing was read at all
         else:
             talk = Talk(sys.stderr)
             for text, style in errors(error.problems, total=error.total):
                 talk.say(text, style)
             told = "nothing was sent: correct the manifest and run again"
-            skips = telling.job is not None and telling.job.skip_invalid
-            if not skips and all(problem.line for problem in error.problems):
-                told += " (--skip-invalid runs the other rows)"
-            talk.say(told)
+            talk.say(told + about_skipping(error, telling.job))
         sys.exit(EXIT_USAGE)
     except BatchrunError as error:
         if as_json:

@@ -11,6 +11,7 @@ import click
 from batchrun.cli.options import job_of, reading_options, service_options, working_options
 
 if TYPE_CHECKING:
+    from batchrun.manifest.job import Job
     from batchrun.report.words import Line
     from batchrun.runner import Runner
 
@@ -48,10 +49,33 @@ def run(
 
     with telling_errors(as_json=as_json) as telling:
         made = telling.job = job_of(job, values)
+        if not simulate:
+            _expect_keys(made, env_file)
+        from batchrun.cli.command import as_typed
         from batchrun.cli.session import Session
 
-        session = Session(made, env_file, simulate, log_file, no_display, as_json)
+        commands = as_typed(click.get_current_context())
+        session = Session(made, env_file, simulate, log_file, no_display, as_json, commands)
         return session.sum_up(session.conduct(_opening))
+
+
+def _expect_keys(job: Job, env_file: Path | None) -> None:
+    """Raises UsageError without keys; before that what is wrong with the manifest, which needs none."""
+    from batchrun.cli.options import credentials_of
+    from batchrun.errors import UsageError
+
+    try:
+        credentials_of(env_file)
+    except UsageError:
+        if env_file is not None and not env_file.is_file():
+            raise
+        if isinstance(job.manifest, Path):  # standard input is not waited for to say that
+            from batchrun.api import check
+
+            findings = check(job).findings
+            if not findings.allows(skip_invalid=job.skip_invalid):
+                raise findings.as_error() from None
+        raise
 
 
 def _opening(runner: Runner) -> Iterator[Line]:
@@ -62,6 +86,10 @@ def _opening(runner: Runner) -> Iterator[Line]:
     if runner.merged is None:
         yield from opening.unchanged(counts, limit=runner.job.limit)
     else:
-        yield from opening.planned(runner.merged, runner.estimates, counts, limit=runner.job.limit)
+        yield from opening.planned(
+            runner.merged, runner.estimates, counts, to_buy=runner.to_buy, limit=runner.job.limit
+        )
+    if runner.job.max_cost is not None:
+        yield f"at most {runner.job.max_cost.normalize():f} USD in all starts (--max-cost)", ""
     if runner.findings is not None:
         yield from opening.remarks(runner.findings)

@@ -11,8 +11,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -21,12 +21,12 @@ import anyio
 from anyio.abc import TaskStatus
 
 from batchrun.cli.options import credentials_of
-from batchrun.cli.rehearsal import check_service, service
 from batchrun.errors import UsageError
 from batchrun.manifest.job import Job
 from batchrun.progress import Event, Progress
+from batchrun.rehearsal import service
 from batchrun.report.lines import Lines
-from batchrun.report.summary import summary, to_json
+from batchrun.report.summary import Commands, summary, to_json
 from batchrun.report.talk import Talk
 from batchrun.report.watch import Watch
 from batchrun.report.words import Line, near, plain
@@ -58,6 +58,8 @@ class Session:
     no_display: bool
     #: The words go to standard error, and a JSON object ends the standard output.
     as_json: bool = False
+    #: What goes on with the run, for people; None: not known.
+    commands: Commands | None = None
 
     def __post_init__(self) -> None:
         self.talk = Talk(sys.stderr if self.as_json else sys.stdout)
@@ -73,8 +75,10 @@ class Session:
 
         Raises what Runner.run raises, and UsageError before anything is done.
         """
+        if self.simulate and self.env_file is not None and not self.env_file.is_file():
+            raise UsageError(f"--env-file {self.env_file}: there is no such file")
         credentials = None if self.simulate else credentials_of(self.env_file)
-        check_service(self.folder, credentials)
+        self.folder.expect_kind(rehearsal=self.simulate)  # before a word is said
         with self._logged(credentials):
             self.talk.say(plain(self._title), "bold")
             if self.simulate:
@@ -89,7 +93,14 @@ class Session:
             self._watch.begin(beyond_limit=runner.beyond_limit)
 
         async with service(self.folder, credentials) as asked:
-            runner = Runner(self.job, asked, progress=self.progress, again=again, planned=planned)
+            runner = Runner(
+                self.job,
+                asked,
+                progress=self.progress,
+                again=again,
+                planned=planned,
+                rehearsal=self.simulate,
+            )
             return await _accompany(runner, self.talk, self._face())
 
     def _face(self) -> Face:
@@ -124,12 +135,19 @@ class Session:
                 stopped=outcome.stopped,
                 left=outcome.left,
                 beyond_limit=outcome.beyond_limit,
+                missing=outcome.missing,
+                kept=outcome.kept,
                 elapsed_s=elapsed_s,
+                commands=self.commands,
             )
         )
         if self.as_json:
-            told = to_json(outcome.folder, outcome.counts, outcome.failures)
-            print(json.dumps({**told, "stopped": outcome.stopped, "exit_code": outcome.exit_code}))
+            told = to_json(outcome.folder, outcome.counts, outcome.failures, outcome.missing)
+            with suppress(OSError):  # nobody reads it any more: the exit code is what it was
+                print(
+                    json.dumps({**told, "stopped": outcome.stopped, "exit_code": outcome.exit_code}),
+                    flush=True,
+                )
         return outcome.exit_code
 
     def _say(self, lines: Iterable[Line]) -> None:
@@ -202,10 +220,22 @@ async def _obey_signals(runner: Runner, talk: Talk, *, task_status: TaskStatus[N
         number = await anext(signals)
         runner.stop("by Ctrl-C" if number is signal.SIGINT else f"by {number.name}")
         talk.say("stopping: finishing downloads; again to leave at once", "bold yellow")
-        await anext(signals)
+        await _insistence(signals)
         runner.abort()
         with anyio.move_on_after(LEAVE_S):
-            await anext(signals)
+            await _insistence(signals)
     if talk.is_terminal:
-        talk.console.show_cursor()
+        with suppress(OSError):
+            talk.console.show_cursor()
     os._exit(EXIT_STOPPED)  # something blocks (a read from a terminal, a dead disk); the state is intact
+
+
+async def _insistence(signals: AsyncIterator[signal.Signals]) -> None:
+    """Wait for another signal that means to hurry.
+
+    A terminal that closes hangs up twice, by the system and by the shell, and some service managers hang up
+    right after SIGTERM: nobody is impatient then.
+    """
+    async for number in signals:
+        if number is not signal.SIGHUP:
+            return

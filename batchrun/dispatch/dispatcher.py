@@ -18,6 +18,7 @@ import anyio
 import anyio.abc
 
 from batchrun import errors
+from batchrun.dispatch.cap import Cap
 from batchrun.dispatch.doubts import Doubts, Listings
 from batchrun.dispatch.limits import Gate, Slot, Slots
 from batchrun.dispatch.saving import Saver, Unsaved
@@ -27,8 +28,10 @@ from batchrun.dispatch.track import Ended, Left, Looks, Tracker
 from batchrun.dispatch.uploads import Uploading, Uploads
 from batchrun.model import Attempt, Failure, Row, State, Task
 from batchrun.progress import Fact, Progress
+from batchrun.rules.halt import Failures, Halt
 from batchrun.rules.policy import (
     BALANCE,
+    UNREACHABLE,
     PaidButEmpty,
     Succeeded,
     TaskFailed,
@@ -43,8 +46,8 @@ from batchrun.tools.bind import Binder
 
 #: Downloads under way get this long when the run is stopped.
 DRAIN_S = 60.0
-#: An exhausted balance is waited for this long.
-MAX_PAUSE_S = 3600.0
+#: A service that cannot be reached is waited for this long: a night.
+MAX_OUTAGE_S = 12 * 3600.0
 #: The newest task is asked for this long before the first submit.
 NEWEST_S = 15.0
 #: A task is given this long to end after it was told to.
@@ -55,6 +58,9 @@ CLAIM = 32
 ORDERS_S = 1.0
 #: How often the display's picture of slots and pauses is renewed.
 PICTURE_S = 0.25
+
+
+_UNKNOWN = Failure("task unknown", "the service does not know the task any more, which may have been billed")
 
 
 class Service(Submitting, Looks, Listings, Uploading, Protocol):
@@ -80,6 +86,15 @@ class Limits:
     #: Only rows up to this number; None: all.
     last_seq: int | None = None
     regenerate_lost: bool = False
+    #: An exhausted balance is waited for this long, in seconds.
+    max_pause_s: float = 3600.0
+    halt: Halt = Halt()  # noqa: RUF009  frozen
+    #: Stuck tasks are killed and submitted again; else they are left to the next start.
+    kill_stuck: bool = False
+    #: False: only what was submitted before is brought to its end.
+    submit: bool = True
+    #: Where the service is asked, for people.
+    address: str = ""
 
 
 class Dispatcher:
@@ -93,6 +108,7 @@ class Dispatcher:
         saver: Saver,
         progress: Progress,
         limits: Limits,
+        cap: Cap,
         binders: Callable[[str], Binder],
         image_path: Callable[[str], Path],
         give_up_doubt: Callable[[Row], bool] = lambda row: False,
@@ -107,10 +123,13 @@ class Dispatcher:
         self._saver = saver
         self._progress = progress
         self._limits = limits
+        self._cap = cap
+        self._failures = Failures(limits.halt)
         self._binders = binders
         self._tools: dict[int, Binder] = {}
         self._sign = StopSign()
         self._cancelling = False
+        self._on_their_way = 0
         self._rows_scope: anyio.CancelScope | None = None
         # rows on their way, most of them active at the service, the others being saved
         self._room = anyio.Semaphore(2 * limits.max_concurrency + 2 * saver.downloads)
@@ -119,7 +138,7 @@ class Dispatcher:
         )
         self._gate = Gate(rng=rng)
         self._tracker = Tracker(service, rng=rng)
-        self._doubts = Doubts(service, store.known_tasks, store.knows_tasks)
+        self._doubts = Doubts(service, store.known_tasks, store.knows_tasks, self._is_true_echo)
         self._submitter = Submitter(
             store=store,
             service=service,
@@ -127,6 +146,7 @@ class Dispatcher:
             uploads=Uploads(store, service, image_path, rng),
             slots=self._slots,
             gate=self._gate,
+            cap=cap,
             sign=self._sign,
             progress=progress,
             binder_of=self._binder,
@@ -218,23 +238,40 @@ class Dispatcher:
     async def _carry(self, row: Row) -> None:
         """Take a row from where it stands to where it rests, or leave it as it is."""
         slot = Slot(self._slots)
+        self._on_their_way += 1
         try:
             while (step := next_step(row.state)) is not Step.REST:
+                if step is Step.SUBMIT and not self._limits.submit:
+                    break
                 after = await self._steps[step](row, slot)
                 if after is None:
                     break
+                self._cap.moved(after)
                 if row.present:
                     self._progress.moved(row.state, after.state)
                 elif after.state is State.PLANNED:
                     break  # nothing more is bought for it
                 row = after
+            self._weigh(row)
         except errors.LeaseLost as error:
             self._progress.announce(Fact.NOTE, row, message=str(error))
         except (errors.DiskError, errors.CredentialsRefused) as error:
             self.stop(str(error))
         finally:
             slot.give()
+            self._cap.left(row)
+            self._submitter.health.forget(row.seq)
+            self._on_their_way -= 1
             self._room.release()
+
+    def _weigh(self, row: Row) -> None:
+        """Halt the run when failures are too many or too much alike."""
+        if row.state is State.DONE:
+            self._failures.done()
+        elif row.state is State.FAILED and row.failure is not None:
+            reason = self._failures.failure(row.failure.cause)
+            if reason is not None:
+                self.stop(reason)
 
     async def _binder(self, tool: int) -> Binder:
         if tool not in self._tools:
@@ -244,19 +281,42 @@ class Dispatcher:
     async def _watch(self) -> None:
         """Keep the display's picture, bound the way out, and end a run whose money does not come back."""
         stopping = False
+        told: str | None = None
         while True:
             self._progress.active, self._progress.limit = self._slots.in_use, self._slots.limit
-            if self._progress.paused != self._gate.reason:
-                self._progress.paused = self._gate.reason
-                fact = Fact.PAUSED if self._gate.reason else Fact.RESUMED
-                self._progress.announce(fact, reason=self._gate.reason)
-            if self._gate.reason == BALANCE and self._gate.shut_for_s() > MAX_PAUSE_S:
+            if told != self._gate.reason:
+                told = self._gate.reason
+                self._progress.paused = self._why_waiting(told)
+                fact = Fact.PAUSED if told else Fact.RESUMED
+                self._progress.announce(fact, reason=self._progress.paused)
+            if self._gate.reason == BALANCE and self._gate.shut_for_s() > self._limits.max_pause_s:
                 self.stop("the balance is exhausted: add money to the account and run again")
+            if self._gate.reason == UNREACHABLE and self._gate.shut_for_s() > self._outage_patience_s():
+                self.stop(
+                    "the service cannot be reached, or answers no submit of the rows left: run again later"
+                )
             if self._sign.reason is not None and not stopping and self._rows_scope is not None:
                 stopping = True
                 self._progress.announce(Fact.STOPPING, reason=self._sign.reason)
                 self._rows_scope.deadline = anyio.current_time() + DRAIN_S
             await anyio.sleep(PICTURE_S)
+
+    def _why_waiting(self, reason: str | None) -> str | None:
+        """Why submits wait, and what can be done about it."""
+        if reason == BALANCE:
+            until = time.localtime(time.time() + self._limits.max_pause_s - self._gate.shut_for_s())
+            return (
+                f"{reason}: add money to the account, and the run goes on by itself; it waits until "
+                f"{time.strftime('%H:%M on %d %b', until)} (--max-pause)"
+            )
+        if reason == UNREACHABLE and self._limits.address:
+            return f"{reason}: {self._limits.address}"
+        return reason
+
+    def _outage_patience_s(self) -> float:
+        """How long to wait for the service; less where only rows in trouble are left."""
+        are_all_troubled = self._on_their_way <= self._submitter.health.troubled
+        return self._limits.max_pause_s if are_all_troubled else MAX_OUTAGE_S
 
     # --- following --------------------------------------------------------------------------------------
 
@@ -270,7 +330,12 @@ class Dispatcher:
             if not self._cancelling:
                 return None
             ended = await self._cancel_task(row)
+        if self._is_to_be_killed(ended[1]):
+            self._progress.announce(Fact.NOTE, row, message="the task does not come to an end: it is killed")
+            ended = await self._cancel_task(row)  # submitted again only once it is seen ended
         task, verdict = ended
+        if task is None and self._limits.regenerate_lost:  # unknown to the service: by the user's word
+            task, verdict = Task(_open_attempt(row).task_id or ""), PaidButEmpty(_UNKNOWN)
         if isinstance(verdict, Left) or task is None:
             self._leave(row, verdict.reason if isinstance(verdict, Left) else "no word of the task")
             return None
@@ -278,11 +343,20 @@ class Dispatcher:
         slot.give()
         return await self._record_end(row, task, verdict)
 
+    def _is_to_be_killed(self, verdict: Verdict | Left) -> bool:
+        if isinstance(verdict, TaskFailed):
+            return verdict.is_open  # it may go on and be billed beside the next one
+        return isinstance(verdict, Left) and verdict.is_stuck and self._limits.kill_stuck
+
     async def _follow_task(self, row: Row, *, age_s: float) -> Ended:
         attempt = _open_attempt(row)
         return await self._tracker.follow(
-            task_id=attempt.task_id or "", token=attempt.token, tool=row.tool, age_s=age_s
+            task_id=attempt.task_id or "", token=attempt.token, tool=row.tool, images=row.images, age_s=age_s
         )
+
+    async def _is_true_echo(self, task: Task) -> bool:
+        row = await self._store.row_of_task(task.id)
+        return row is None or await self._submitter.is_true_echo(row, task)
 
     def _leave(self, row: Row, reason: str) -> None:
         """The row stays in flight for the next start."""
@@ -294,12 +368,14 @@ class Dispatcher:
         if isinstance(verdict, Succeeded):
             after = await self._store.record_finished(row.seq, task, at=at)
             self._progress.cost_usd += charged(task) or 0
+            self._cap.bill(row, charged(task))
             self._progress.announce(Fact.FINISHED, row, cost=task.cost_usd)
             return after
         assert isinstance(verdict, (TaskFailed, PaidButEmpty))
         failure = verdict.failure
         if isinstance(verdict, PaidButEmpty):
             self._progress.cost_usd += charged(task) or 0
+            self._cap.bill(row, charged(task))
             again = self._limits.regenerate_lost
         else:
             again = True

@@ -64,14 +64,17 @@ class Doubts:
         listings: Listings,
         known_tasks: Callable[[Collection[str]], Awaitable[Mapping[str, int | None]]],
         knows_tasks: Callable[[], Awaitable[bool]],
+        is_true_echo: Callable[[Task], Awaitable[bool]],
     ) -> None:
         """`known_tasks` tells which of some ids this run knows, each with its tool's number in the run.
 
-        `knows_tasks` tells whether it knows any at all.
+        `knows_tasks` tells whether it knows any at all, `is_true_echo` whether a known task shows what its
+        row asked for.
         """
         self._client = listings
         self._known_tasks = known_tasks
         self._knows_tasks = knows_tasks
+        self._is_true_echo = is_true_echo
         self._cases: list[_Case] = []
         self._woken = anyio.Event()
         self._failing_since: float | None = None
@@ -100,7 +103,7 @@ class Doubts:
         return case.answer
 
     async def newest_task(self) -> int | None:
-        """The newest task id the service lists; None when it lists none, or cannot."""
+        """The newest task id the service lists, 0 when it lists none; None when it cannot be told."""
         try:
             tasks = await self._client.list_tasks(start=0, limit=1)
         except errors.CredentialsRefused:
@@ -108,6 +111,8 @@ class Doubts:
         except errors.ServiceError:
             return None
         numbers = [task_number(task.id) for task in tasks]
+        if not tasks:
+            return 0
         return max((number for number in numbers if number is not None), default=None)
 
     async def run(self) -> None:
@@ -138,6 +143,8 @@ class Doubts:
         for case in cases:
             current = replace(listing, claimed=claimed, earlier_at=case.correct_at)
             answer = settle_doubt(self._with_model(case.doubt), current, lost_at=case.lost_at)
+            if isinstance(answer, Absent) and not await self._echoes(listing):
+                answer = Hold("the service does not echo the parameters of tasks as they were sent")
             if case.correct_at is None and begun_at >= case.lost_at + GRACE_S:
                 case.correct_at = begun_at
             if isinstance(answer, LookAgain):
@@ -155,11 +162,12 @@ class Doubts:
     async def _read(self, cases: list[_Case], begun_at: float) -> Listing:
         """Read back to before the oldest doubt, and on to a task of ours where absence may be concluded."""
         tasks: dict[str, Task] = {}
-        to_the_end, was_full = False, False
+        to_the_end, was_full, start = False, False, 0
         ours_expected = await self._knows_tasks()
         to_ours = ours_expected and any(begun_at >= case.lost_at + GRACE_S for case in cases)
-        for page in range(MAX_PAGES):
-            found = await self._client.list_tasks(start=page * PAGE, limit=PAGE)
+        for _ in range(MAX_PAGES):
+            found = await self._client.list_tasks(start=start, limit=PAGE)
+            start += len(found)  # a page may be shorter than asked for
             if not found:
                 # an empty page tells the end; right after a full one it may as well be a fault
                 to_the_end = not was_full
@@ -174,6 +182,11 @@ class Doubts:
             if tool is not None and tasks[task_id].model_id:
                 self._models[tool].add(tasks[task_id].model_id)
         return Listing(list(tasks.values()), begun_at, to_the_end, claimed, ours_expected=ours_expected)
+
+    async def _echoes(self, listing: Listing) -> bool:
+        """Whether the newest task of ours shows what was sent: else no task's parameters prove anything."""
+        ours = next((task for task in listing.tasks if task.id in listing.claimed), None)
+        return ours is None or await self._is_true_echo(ours)
 
     def _with_model(self, doubt: Doubt) -> Doubt:
         """The doubt with the service's id of its tool, where that is known for certain."""

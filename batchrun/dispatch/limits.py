@@ -17,8 +17,6 @@ from batchrun.rules.policy import BALANCE, MAX_ASKED_S, backoff_s
 FIRST_LIMIT = 8
 #: After a refusal a higher limit is tried again after this long; twice as long each time that is refused too.
 PROBE_S = (1.0, 60.0)
-#: So many submits in a row without a sound answer, over all rows, are an outage.
-OUTAGE = 4
 #: Waiters look at the clock this often: a probe or a reopening may be due.
 LOOK_S = 0.5
 
@@ -143,7 +141,7 @@ class Slot:
 class Gate:
     """Submits pass while the service is well; after trouble they wait, and one at a time tries.
 
-    One lost connection is a row's bad luck; several in a row, over all rows, are an outage.
+    Whether trouble is the service's or a row's own is told by `rules.outage`.
     """
 
     def __init__(self, *, rng: Random | None = None) -> None:
@@ -155,7 +153,6 @@ class Gate:
         #: Until when the service itself asked us to wait.
         self._asked_until = 0.0
         self._troubles = 0
-        self._in_a_row = 0
         #: Whose turn it is to try; None: nobody's yet.
         self._prober: object | None = None
         self._changed = anyio.Event()
@@ -183,7 +180,6 @@ class Gate:
 
     def open(self) -> None:
         """The service answered as it should; a wait that it asked for is kept all the same."""
-        self._in_a_row = 0
         self._troubles = 0
         self._prober = None  # whoever tried has its answer
         if anyio.current_time() >= self._asked_until:
@@ -208,10 +204,9 @@ class Gate:
         self._until = max(self._until, now + wait_s * self._rng.uniform(1.0, 1.2))
         self.unsure(probe=probe)
 
-    def trouble(self, reason: str, *, probe: bool) -> None:
-        """A submit met a broken connection or a faulty answer; enough of them in a row are an outage."""
-        self._in_a_row += 1
-        if self.reason is not None or self._in_a_row >= OUTAGE:
+    def trouble(self, reason: str, *, probe: bool, is_outage: bool) -> None:
+        """A submit met a broken connection or a faulty answer; it may be the row's own (rules.outage)."""
+        if self.reason is not None or is_outage:
             self.shut(reason, probe=probe)
         else:
             self.unsure(probe=probe)

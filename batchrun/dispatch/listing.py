@@ -4,6 +4,9 @@ Rows are numbered as they settle, and the files grow in that order. The state re
 which length the files are known; the next start cuts them there and goes on, so a kill costs at most lines
 that come back. If something written is no longer true (a row is asked for anew, its line moved), the mark is
 taken back and the files are written anew, whole, beside the old ones.
+
+failed.csv is made to be edited, so it is touched only when its rows are others than when it was written, and
+a user's version of it is moved aside first.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
+from hashlib import file_digest
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -18,6 +23,7 @@ import anyio.to_thread
 
 from batchrun.manifest.write import RowWriter
 from batchrun.model import LocalImage, State
+from batchrun.outputs.disk import disk_errors
 from batchrun.outputs.sidecars import JsonLines, Kinds, Record, metadata_record, results_record
 from batchrun.progress import Fact, Progress
 from batchrun.store.changes import mark_listed
@@ -45,6 +51,8 @@ class Listing:
         self._metadata = JsonLines(folder.metadata, scratch=folder.path / "partial")
         self._results = JsonLines(folder.results)
         self._kinds = Kinds()
+        #: What a user's version of failed.csv was renamed to in this start; None: there was none.
+        self.kept: str | None = None
         #: As the state has it.
         self._mark: dict[str, Any] = {}
 
@@ -73,7 +81,8 @@ class Listing:
 
     async def catch_up(self) -> None:
         """Add the lines of every row settled since the last time."""
-        if await self._store.listing_mark() != self._mark:
+        told = await self._store.listing_mark() == self._mark
+        if not (told and await anyio.to_thread.run_sync(self._are_intact)):
             await self._rebuild()
         while settled := await self._store.settled_after(self._mark["settled"], limit=PAGE):
             await self._know_tools(settled)
@@ -89,10 +98,14 @@ class Listing:
                 await self._rebuild()
             self._progress.announce(Fact.LISTED, rows=len(settled))
 
+    def _are_intact(self) -> bool:
+        return self._metadata.is_intact and self._results.is_intact
+
     def _append(self, metadata: list[Record], results: list[Record]) -> None:
         if metadata:
             self._metadata.append([self._kinds.fit(record) for record in metadata])
         self._results.append(results)
+        self._sync()  # before the state knows of them: a power cut may tear what is not synced
 
     def _reached(self, settled: int) -> dict[str, Any]:
         mark = {
@@ -153,13 +166,17 @@ class Listing:
     async def finish(self) -> int:
         """Bring the files up to date, durably, and write the rows that did not make it; returns how many."""
         await self.catch_up()
-        await anyio.to_thread.run_sync(self._close)
+        await anyio.to_thread.run_sync(self._sync)
         return await self._write_failed()
 
-    def _close(self) -> None:
-        for file in (self._metadata, self._results):
-            file.sync()
-            file.close()
+    def close(self) -> None:
+        """Close the files, as they are."""
+        self._metadata.close()
+        self._results.close()
+
+    def _sync(self) -> None:
+        self._metadata.sync()
+        self._results.sync()
 
     async def _write_failed(self) -> int:
         form = await self._store.form()
@@ -169,17 +186,67 @@ class Listing:
         path = self._folder.path / f"failed.{'csv' if tabular else 'jsonl'}"
         counts = (await self._store.counts()).by_state
         if not any(counts.get(state) for state in (State.FAILED, State.CANCELLED, State.INVALID)):
-            await anyio.Path(path).unlink(missing_ok=True)
+            await self._make_way(path, None)
+            with disk_errors("remove", path):
+                path.unlink(missing_ok=True)
             return 0
-        with RowWriter(
-            path, format=form["format"], columns=form["columns"], delimiter=form["delimiter"]
-        ) as out:
+        writer = RowWriter(
+            path,
+            format=form["format"],
+            columns=form["columns"],
+            delimiter=form["delimiter"],
+            bom=form.get("bom", False),
+        )
+        with disk_errors("write", path), writer as out:
             after_seq = 0
             while page := await self._store.rejected_rows(after_seq=after_seq, limit=PAGE):
                 for rejected in page:
                     out.write(rejected.cells)
                 after_seq = page[-1].seq
+            if not await self._make_way(path, out.sha256 if out.count else None):
+                out.discard()
         return out.count
+
+    async def _make_way(self, path: Path, new: str | None) -> bool:
+        """Whether `path` is to be written (None: removed); what the user made of it is moved aside then.
+
+        `new` is the SHA-256 of what it is to hold; it is remembered first, so that a kill leaves no file of
+        ours unknown.
+        """
+        prints = await self._store.failed_prints()
+        with disk_errors("read", path):
+            there = await anyio.to_thread.run_sync(_print_of, path)
+        is_edited = there is not None and there not in prints
+        if new is not None and (there == new or (is_edited and new in prints[-1:])):
+            return False  # its rows are as they were
+        if is_edited:
+            with disk_errors("rename", path):
+                self.kept = await anyio.to_thread.run_sync(_keep, path)
+            self._progress.announce(
+                Fact.NOTE, message=f"{path.name} was edited and its rows are others now: kept as {self.kept}"
+            )
+        if new is not None:
+            await self._store.note_failed_prints([*prints[-1:], new])
+        return True
+
+
+def _print_of(path: Path) -> str | None:
+    """The SHA-256 of a file; None when there is none."""
+    try:
+        with path.open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+def _keep(path: Path) -> str:
+    """Give a file the first free of its names for an edited version; returns it."""
+    kept, number = path.with_name(f"{path.stem}.edited{path.suffix}"), 1
+    while kept.exists():
+        number += 1
+        kept = path.with_name(f"{path.stem}.edited-{number}{path.suffix}")
+    path.rename(kept)
+    return kept.name
 
 
 def _all_settled(connection: sqlite3.Connection) -> Iterator[Settled]:

@@ -8,6 +8,7 @@ repeat, so a crash between two of them costs nothing but the step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -18,7 +19,7 @@ import anyio.to_thread
 
 from batchrun import errors
 from batchrun.model import Failure, Output, Row, Task
-from batchrun.outputs.disk import disk_errors, free_bytes, sync_folder
+from batchrun.outputs.disk import disk_errors, free_bytes, make_durable, sync_folder
 from batchrun.outputs.save import Fetch, Partial, Saved, adopt, download, publish, sweep
 from batchrun.progress import Fact, Progress
 from batchrun.rules.naming import image_base, image_path, partial_path
@@ -89,7 +90,7 @@ class Saver:
             if unsaved is not None:
                 lost.append(unsaved)
 
-        missing = [output for output in row.outputs if output.path is None]
+        missing = [output for output in row.outputs if not self._is_there(row, output)]
         try:
             async with anyio.create_task_group() as group:
                 for output in missing:
@@ -103,6 +104,14 @@ class Saver:
         if len(done.outputs) < done.images:
             self._warn(row, f"{len(done.outputs)} images came where {done.images} were asked for")
         return done
+
+    def _is_there(self, row: Row, output: Output) -> bool:
+        """Whether the image is saved; one that was deleted since is fetched again while its address lives."""
+        if output.path is None:
+            return False
+        # of images that replace others, some may have got their names before a crash
+        final = image_path(row.seq, row.name, output.index, output.path.rpartition(".")[2])
+        return any((self._folder / path).is_file() for path in (output.path, final))
 
     async def _save_output(self, row: Row, output: Output, *, held: bool) -> Unsaved | None:
         """Fetch until the image is whole under its final name, then record it."""
@@ -134,7 +143,7 @@ class Saver:
         """The image under its final name; Unsaved when it cannot be had, or cannot be put there."""
         partial = Partial(self._folder / partial_path(row.seq, row.name, output.index))
         met = Troubles()
-        missing_since: float | None = None
+        missing_since, looks = 0.0, 0
         accept: str | None = None
         while True:
             try:
@@ -151,6 +160,8 @@ class Saver:
                 await publish(saved, self._folder / _final_path(row, output, saved, held=held))
                 return saved
             except errors.DiskError:
+                with suppress(errors.DiskError):
+                    partial.discard()  # on a full disk its room is needed
                 raise
             except (errors.ServiceError, errors.OutputError) as error:
                 troubles, elapsed_s = met.add(error, now=anyio.current_time())
@@ -163,8 +174,10 @@ class Saver:
             await anyio.sleep(next_.after_s)
             if next_.refresh:
                 refreshed = await self._refresh(row, output)
-                missing_since = None if refreshed is not None else missing_since or anyio.current_time()
-                if missing_since and are_gone(missing_for_s=anyio.current_time() - missing_since):
+                now = anyio.current_time()
+                looks = looks + 1 if refreshed is None else 0
+                missing_since = missing_since if looks > 1 else now
+                if are_gone(missing_for_s=now - missing_since, looks=looks):
                     return Unsaved(Failure("images gone", "the service has deleted the task's images"))
                 output = refreshed or output
 
@@ -225,7 +238,7 @@ class Saver:
             if new.exists() or not old.exists():
                 continue
             with disk_errors("move", old):
-                new.parent.mkdir(parents=True, exist_ok=True)
+                make_durable(new.parent)
                 old.rename(new)
         for folder in (self._folder / place for place in touched):
             if folder.is_dir():

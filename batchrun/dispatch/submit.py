@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from decimal import Decimal
 from hashlib import sha256
 from random import Random
 from typing import Protocol
@@ -16,13 +18,16 @@ from typing import Protocol
 import anyio
 
 from batchrun import errors
+from batchrun.dispatch.cap import Cap
 from batchrun.dispatch.doubts import Doubts
 from batchrun.dispatch.limits import Gate, Slot, Slots
 from batchrun.dispatch.stopping import StopSign
 from batchrun.dispatch.uploads import Uploads
-from batchrun.model import Accepted, Failure, Row, State, Value
+from batchrun.model import Accepted, Failure, Row, State, Task, Value
 from batchrun.progress import Fact, Progress
+from batchrun.rules.outage import Health
 from batchrun.rules.policy import (
+    INPUT_IMAGE,
     UNREACHABLE,
     Doubt,
     Fail,
@@ -32,8 +37,9 @@ from batchrun.rules.policy import (
     SubmitDecision,
     WaitForSlot,
     after_submit,
+    backoff_s,
 )
-from batchrun.rules.recovery import Absent, Adopt, Hold
+from batchrun.rules.recovery import Absent, Adopt, Hold, Match, compare, print_of_value
 from batchrun.rules.recovery import Doubt as LostSubmit
 from batchrun.store.records import dumps
 from batchrun.store.store import Intent, Store
@@ -41,6 +47,8 @@ from batchrun.tools.bind import Binder
 
 #: A doubtful submit's task may be active this long while the tool's usual time is not known.
 UNKNOWN_TIME_S = 60.0
+#: What is said of a row that is in trouble while all others are well.
+UNANSWERED = "the service answers other rows, but to this one, asked again and again, never in good order"
 
 
 class Submitting(Protocol):
@@ -67,6 +75,7 @@ class Submitter:
         uploads: Uploads,
         slots: Slots,
         gate: Gate,
+        cap: Cap,
         sign: StopSign,
         progress: Progress,
         binder_of: Callable[[int], Awaitable[Binder]],
@@ -83,6 +92,7 @@ class Submitter:
         self._uploads = uploads
         self._slots = slots
         self._gate = gate
+        self._cap = cap
         self._sign = sign
         self._progress = progress
         self._binder_of = binder_of
@@ -93,6 +103,7 @@ class Submitter:
         self._under_way: Counter[bytes] = Counter()
         #: When a doubtful submit of this process can last have been running, in monotonic seconds.
         self._lost_at: dict[int, float] = {}
+        self.health = Health()
         #: How often in a row a row's submit met trouble at the server, and since when.
         self._refusals: dict[int, tuple[int, float]] = {}
         #: Tools the service says it does not have; None until a second answer confirms it.
@@ -113,7 +124,7 @@ class Submitter:
             body = await self._body(row, binder)
             if not isinstance(body, Failure):
                 await self.may_begin.wait()
-                await slot.take()
+                reserved_usd = await self._cap.take_slot(row, slot, body, self._sign)
                 probe = await self._gate.pass_through()
         if self._sign.reason is not None:
             return None
@@ -123,17 +134,27 @@ class Submitter:
         if gone is not None:
             self._gate.unsure(probe=probe)
             return await self._reject(row, gone)
-        return await self._send(row, slot, binder.tool.run_path, body, probe=probe)
+        if self.health.is_bad(row.seq, at=anyio.current_time()):
+            self._gate.unsure(probe=probe)
+            return await self._reject(row, Failure("service fault", UNANSWERED))
+        return await self._send(row, slot, binder.tool.run_path, body, reserved_usd, probe=probe)
 
     async def _send(
-        self, row: Row, slot: Slot, run_path: str, body: dict[str, Value], *, probe: bool
+        self,
+        row: Row,
+        slot: Slot,
+        run_path: str,
+        body: dict[str, Value],
+        reserved_usd: Decimal,
+        *,
+        probe: bool,
     ) -> Row | None:
         """Record the intent, send, record the answer."""
         asked_for = _print_of(body)
         self._under_way[asked_for] += 1
         try:
             row = await self._store.record_intent(
-                Intent(row.seq, time.time(), self._service.server_now(), self._newest_task)
+                Intent(row.seq, time.time(), self._service.server_now(), self._newest_task, reserved_usd)
             )
             if self._sign.reason is not None:
                 await self._store.withdraw(row.seq)
@@ -156,6 +177,7 @@ class Submitter:
         return after
 
     def _accepted(self, row: Row, accepted: Accepted) -> None:
+        self.health.sound(row.seq)
         self._gate.open()
         self._slots.accepted()
         self._missing_tools.pop(row.tool, None)
@@ -173,8 +195,14 @@ class Submitter:
             self._refusals[row.seq] = (tries + 1, since)
         else:  # waiting for a slot, for money or for a service that is back is no trouble of the row's
             self._refusals.pop(row.seq, None)
+        is_unsound = isinstance(decision, Doubt) or decision == Pause(UNREACHABLE)
+        own_times = 0
+        if is_unsound:
+            own_times = self.health.trouble(row.seq, at=now)
+            self._gate.trouble(UNREACHABLE, probe=probe, is_outage=self.health.is_outage)
+        else:
+            self.health.sound(row.seq)
         if isinstance(decision, Doubt):
-            self._gate.trouble(UNREACHABLE, probe=probe)
             self._lost_at[row.seq] = now
             self._progress.announce(Fact.DOUBT, row, message=decision.reason)
             return await self._store.record_doubt(row.seq, decision.reason)
@@ -183,7 +211,10 @@ class Submitter:
             return await self._reject(row, decision.failure)
         row = await self._store.withdraw(row.seq)
         self._progress.announce(Fact.WITHDRAWN, row, message=str(error))
-        wait_s = await self._learn(decision, probe=probe)
+        if is_unsound:
+            wait_s = self._rng.uniform(0.1, 1.0) + backoff_s(own_times, base_s=0.5, cap_s=60.0, rng=self._rng)
+        else:
+            wait_s = await self._learn(decision, probe=probe)
         if wait_s:
             slot.give()
             with self._sign.wait():
@@ -207,9 +238,6 @@ class Submitter:
                 if decision.limit is not None:
                     await self._store.adopt_limit(decision.limit)
                 self._progress.announce(Fact.LIMIT, limit=self._slots.limit, told=decision.limit)
-            case Pause(reason=reason) if reason == UNREACHABLE:
-                self._gate.trouble(reason, probe=probe)
-                return self._rng.uniform(0.1, 1.0)
             case Pause():
                 self._gate.shut(decision.reason, probe=probe, after_s=decision.after_s)
             case Stop():
@@ -225,6 +253,8 @@ class Submitter:
 
     async def _reject(self, row: Row, failure: Failure) -> Row:
         after = await self._store.record_rejected(row.seq, failure)
+        if failure.cause == INPUT_IMAGE:  # it may be mended without a change to the manifest
+            await self._store.forget_stamp()
         self._progress.announce(Fact.FAILED, row, cause=failure.cause, message=failure.message)
         return after
 
@@ -233,8 +263,17 @@ class Submitter:
         try:
             uploads = await self._uploads.addresses(row.given)
         except errors.UsageError as error:
-            return Failure("input image", str(error))
+            return Failure(INPUT_IMAGE, str(error))
         return binder.body(row.given, uploads=uploads, seed_key=row.key)
+
+    async def is_true_echo(self, row: Row, task: Task) -> bool:
+        """Whether the row's own task shows what the row asked for, as far as it shows anything."""
+        binder = await self._binder_of(row.tool)
+        body = await self._body(row, binder)
+        if isinstance(body, Failure):
+            return True
+        asked = replace(_lost_submit(row, body, binder), after_task=0, model_id=task.model_id)
+        return compare(asked, task) is not Match.OTHER
 
     # --- a doubtful row ---------------------------------------------------------------------------------
 
@@ -247,8 +286,9 @@ class Submitter:
         slot.take_anyway()
         answer: Adopt | Absent | Hold | Failure
         with self._sign.wait() as waiting:
-            body = await self._body(row, await self._binder_of(row.tool))
-            answer = body if isinstance(body, Failure) else await self._settle(row, slot, body)
+            binder = await self._binder_of(row.tool)
+            body = await self._body(row, binder)
+            answer = body if isinstance(body, Failure) else await self._settle(row, slot, body, binder)
         if waiting.cancelled_caught:
             return None
         match answer:
@@ -268,7 +308,9 @@ class Submitter:
         self._progress.announce(Fact.HELD, row, message=reason)
         return None
 
-    async def _settle(self, row: Row, slot: Slot, body: Mapping[str, Value]) -> Adopt | Absent | Hold:
+    async def _settle(
+        self, row: Row, slot: Slot, body: Mapping[str, Value], binder: Binder
+    ) -> Adopt | Absent | Hold:
         """Look the submit up; its slot is held only while its task, if there is one, may be active."""
 
         async def give_in_time() -> None:
@@ -281,7 +323,7 @@ class Submitter:
             group.start_soon(give_in_time)
             try:
                 answer = await self._doubts.settle(
-                    _lost_submit(row, body),
+                    _lost_submit(row, body, binder),
                     lost_at=self._lost_at.get(row.seq, anyio.current_time()),
                     busy=lambda: self._under_way[_print_of(body)] > 0,
                 )
@@ -293,12 +335,20 @@ class Submitter:
         return answer
 
 
-def _lost_submit(row: Row, body: Mapping[str, Value]) -> LostSubmit:
+def _lost_submit(row: Row, body: Mapping[str, Value], binder: Binder) -> LostSubmit:
     attempt = row.attempt
-    assert attempt is not None
-    given = [name for name in row.given if name in body]
-    return LostSubmit(body, given, attempt.after_task, attempt.intent_server_at, row.tool)
+    return LostSubmit(
+        body,
+        [name for name in row.given if name in body],
+        attempt.after_task if attempt else None,
+        attempt.intent_server_at if attempt else None,
+        row.tool,
+        texts=binder.texts,
+        images=binder.images,
+    )
 
 
 def _print_of(body: Mapping[str, Value]) -> bytes:
-    return sha256(dumps(dict(body)).encode("utf-8", "surrogatepass")).digest()
+    """The same for bodies that a listing might not tell apart."""
+    values = {name: print_of_value(value) for name, value in body.items()}
+    return sha256(dumps(values).encode("utf-8", "surrogatepass")).digest()

@@ -16,7 +16,7 @@ import anyio
 
 from batchrun import errors
 from batchrun.model import Task
-from batchrun.rules.pace import Durations, next_look_s
+from batchrun.rules.pace import Durations, next_look_s, stuck_after_s
 from batchrun.rules.policy import (
     MAX_ASKED_S,
     UNKNOWN_PATIENCE_S,
@@ -29,8 +29,6 @@ from batchrun.rules.policy import (
 
 #: Looks under way at once.
 MAX_LOOKS = 16
-#: A task that does not move for this long is left to the next run.
-STUCK_S = 3600.0
 
 
 class Looks(Protocol):
@@ -46,7 +44,11 @@ class Left:
     """The task is neither finished nor given up: it stays in flight for the next run."""
 
     reason: str
+    #: It does not move any more.
+    is_stuck: bool = False
 
+
+UNKNOWN_TASK = "the service does not know the task; to buy again: retry with --regenerate-lost"
 
 #: A task as last seen, and what that means.
 Ended = tuple[Task | None, Verdict | Left]
@@ -57,6 +59,7 @@ class _Watch:
     task_id: str
     token: str
     tool: int
+    images: int
     #: Monotonic seconds when the task was accepted.
     begun_at: float
     ended: anyio.Event = field(default_factory=anyio.Event)
@@ -73,7 +76,7 @@ class _Watch:
 class Tracker:
     """Follows the active tasks of a run."""
 
-    def __init__(self, looks: Looks, *, rng: Random | None = None, stuck_s: float = STUCK_S) -> None:
+    def __init__(self, looks: Looks, *, rng: Random | None = None) -> None:
         self.durations: defaultdict[int, Durations] = defaultdict(Durations)
         self.looks = 0
         self._client = looks
@@ -83,15 +86,18 @@ class Tracker:
         #: A wait that the service asked for holds for all looks.
         self._quiet_until = 0.0
         self._rng = rng or Random()
-        self._stuck_s = stuck_s
 
-    async def follow(self, *, task_id: str, token: str, tool: int, age_s: float = 0.0) -> Ended:
+    async def follow(
+        self, *, task_id: str, token: str, tool: int, images: int = 1, age_s: float = 0.0
+    ) -> Ended:
         """Wait until the task has ended; returns it as last seen and what that means.
+
+        `images` were asked for.
 
         Raises CredentialsRefused when looking is refused for good.
         """
         now = anyio.current_time()
-        watch = _Watch(task_id, token, tool, begun_at=now - age_s, status_since=now, fresh=age_s == 0)
+        watch = _Watch(task_id, token, tool, images, begun_at=now - age_s, status_since=now, fresh=age_s == 0)
         typical_s = self.durations[tool].typical_s
         first_s = 0.0 if age_s > 0 else next_look_s(0.0, typical_s)
         self._schedule(watch, now + first_s)
@@ -132,7 +138,9 @@ class Tracker:
     async def _look(self, watch: _Watch, limiter: anyio.CapacityLimiter) -> None:
         try:
             self.looks += 1
-            wait_s = self._seen(watch, await self._client.detail(watch.task_id, watch.token))
+            asked_at = anyio.current_time()
+            task = await self._client.detail(watch.task_id, watch.token)
+            wait_s = self._seen(watch, task, asked_at=asked_at)
         except errors.CredentialsRefused as error:
             watch.failure = error
             watch.ended.set()
@@ -149,7 +157,7 @@ class Tracker:
         if not watch.ended.is_set():
             self._schedule(watch, anyio.current_time() + wait_s)
 
-    def _seen(self, watch: _Watch, task: Task | None) -> float:
+    def _seen(self, watch: _Watch, task: Task | None, *, asked_at: float) -> float:
         """Take in what a look showed; returns the seconds until the next one."""
         if task is None:
             return self._unknown(watch)
@@ -157,19 +165,17 @@ class Tracker:
         watch.troubles, watch.unknown_since = 0, None
         if task.status != watch.status:
             watch.status, watch.status_since = task.status, now
-        in_status_for_s = now - watch.status_since
-        verdict = judge(task, in_status_for_s=in_status_for_s)
+        # up to the question, not the answer: the machine may have slept before it could read that
+        in_status_for_s = max(0.0, asked_at - watch.status_since)
+        verdict = judge(task, images=watch.images, in_status_for_s=in_status_for_s)
         age_s = now - watch.begun_at
         if not isinstance(verdict, Running):
             if isinstance(verdict, Succeeded) and watch.fresh:
                 self.durations[watch.tool].add(age_s)
             self._end(watch, task, verdict)
-        elif in_status_for_s > self._stuck_s:
-            self._end(
-                watch,
-                task,
-                Left(f"the task has been in {task.status or 'no status'} for {in_status_for_s:.0f} s"),
-            )
+        elif in_status_for_s > stuck_after_s(task.status, self.durations[watch.tool].longest_s):
+            reason = f"the task is stuck: it does not move on from {task.status or 'having no status'}"
+            self._end(watch, task, Left(reason, is_stuck=True))
         if task.status == "task_postprocess_end":
             return 1.0  # only its outputs are missing
         return next_look_s(age_s, self.durations[watch.tool].typical_s)
@@ -178,7 +184,11 @@ class Tracker:
         now = anyio.current_time()
         watch.unknown_since = watch.unknown_since if watch.unknown_since is not None else now
         if now - watch.unknown_since > UNKNOWN_PATIENCE_S:
-            self._end(watch, None, Left("the service does not know the task"))
+            self._end(
+                watch,
+                None,
+                Left(UNKNOWN_TASK),
+            )
         return min(5.0, 0.5 + (now - watch.unknown_since) / 2)
 
     def _trouble(self, watch: _Watch, asked_s: float | None) -> float:

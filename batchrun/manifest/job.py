@@ -48,6 +48,7 @@ from batchrun.errors import JobError, UsageError
 from batchrun.manifest import json_text
 from batchrun.manifest.expand import Axis, check_name, parse_axis, parse_values
 from batchrun.model import Problem
+from batchrun.rules.halt import parse_halt
 
 MIB = 1024 * 1024
 #: Standard input as a manifest.
@@ -132,6 +133,34 @@ def _delimiter(value: Any) -> Any:
     return named
 
 
+def _usd(value: Any) -> Any:
+    try:
+        amount = None if isinstance(value, bool) else Decimal(str(value))
+    except InvalidOperation:
+        amount = None
+    if amount is None or not amount.is_finite() or not 0 < amount <= MAX_COUNT:
+        raise ValueError(f"must be an amount in USD above 0, as in 12.50, not {_shown(value)}")
+    return amount
+
+
+def _seconds(value: Any) -> Any:
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT:
+        return float(value)
+    form = re.fullmatch(r"([0-9]{1,9})\s*([smh]?)", value, re.ASCII) if isinstance(value, str) else None
+    if form is None:
+        raise ValueError(f'must be a time such as "90s", "30m" or "2h", not {_shown(value)}')
+    return float(form[1]) * {"s": 1, "m": 60, "h": 3600}[form[2] or "s"]
+
+
+def _halt(value: Any) -> Any:
+    if isinstance(value, str):
+        parse_halt(value)
+        return value
+    raise ValueError(f'must be "never", "fail=10" or "fail=5%", not {_shown(value)}')
+
+
+#: Of one fault; the longest of ours lists all keys of a job file.
+MAX_MESSAGE_CHARS = 1500
 #: Far above any use; keeps numbers within what databases and clocks hold.
 MAX_COUNT = 1_000_000_000
 
@@ -189,6 +218,20 @@ class Job(BaseModel):
     attempts: Count = Field(
         3,
         description="Submissions per row at most while its tasks fail at the service (unbilled).",
+    )
+    max_cost: Annotated[Decimal, BeforeValidator(_usd)] | None = Field(
+        None, description="What the run may cost in all its starts, in USD; None: no cap."
+    )
+    max_pause: Annotated[float, BeforeValidator(_seconds)] = Field(
+        3600.0, description='How long an exhausted balance is waited for, in seconds, or as in "30m" or "2h".'
+    )
+    halt: Annotated[str, BeforeValidator(_halt)] | None = Field(
+        None,
+        description='When failures stop the run: "fail=N" rows, "fail=N%" of the settled ones, or "never"; '
+        "None: after 50 in a row for one cause.",
+    )
+    on_stuck: Literal["leave", "kill"] = Field(
+        "leave", description="Tasks that do not move on: left to the next start, or killed and asked anew."
     )
     lora_scale: Literal["prompt", "parameter"] = Field(
         "prompt",
@@ -274,7 +317,8 @@ class Job(BaseModel):
         try:
             return cls.model_validate(dict(data))
         except ValidationError as error:
-            raise UsageError("\n".join(f"{_option(key)}: {fault}" for key, fault in _faults(error))) from None
+            told = (_one_line(f"{_option(key)}: {fault}") for key, fault in _faults(error))
+            raise UsageError("\n".join(told)) from None
 
     def to_json(self) -> str:
         """The job as one line of ASCII JSON, for the run's record; from_json gives the same job back."""
@@ -315,7 +359,9 @@ def load_job(path: Path) -> Job:
         line = int(match[1]) if match else text.count("\n") + 1
         what = re.sub(r" \(at .*\)", "", str(error))
         at = f" at column {match[2]}" if match else " at the end of the file"
-        raise JobError(str(Problem(f"not TOML{at}: {what}", str(path), line))) from None
+        bare = _BARE.fullmatch(text.split("\n")[line - 1]) if match else None
+        cure = f'; put text in quotes: {bare[1]} = "{bare[2]}"' if bare else ""
+        raise JobError(_one_line(str(Problem(f"not TOML{at}: {what}{cure}", str(path), line)))) from None
     except (ValueError, InvalidOperation, RecursionError):
         raise JobError(f"{path}: a number is too long or the nesting too deep to be meant") from None
     try:
@@ -328,7 +374,7 @@ def load_job(path: Path) -> Job:
             place = ("expand", "repeat") if key == ("repeat",) and among_axes else key
             problems.append(Problem(fault, str(path), _line_of(text, place), ".".join(place)))
         problems.sort(key=lambda problem: problem.line)
-        raise JobError("\n".join(map(str, problems))) from None
+        raise JobError("\n".join(_one_line(str(problem)) for problem in problems)) from None
 
 
 def parse_assignments(texts: Iterable[str], option: str) -> dict[str, str]:
@@ -370,6 +416,12 @@ def _read(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise JobError(str(Problem("not UTF-8; save the file as UTF-8", str(path), line))) from None
+
+
+def _one_line(message: str) -> str:
+    """A message that quotes what was written, line breaks and all, as one line of bearable length."""
+    text = "".join(char if char.isprintable() else " " for char in message)
+    return text if len(text) <= MAX_MESSAGE_CHARS else f"{text[: MAX_MESSAGE_CHARS - 3]}..."
 
 
 def _shown(value: Any) -> str:
@@ -430,6 +482,8 @@ def _option(key: tuple[str, ...]) -> str:
     return " ".join((f"--{key[0].replace('_', '-')}", *key[1:]))
 
 
+#: A value that was meant as text and has no quotes.
+_BARE = re.compile(r"\s*([A-Za-z0-9_-]+)\s*=\s*([^\s\"'\[{][^\"'#]*?)\s*(?:#.*)?")
 _TABLE = re.compile(r"\s*\[([^\[\]]+)\]")
 _KEY = re.compile(r"\s*([^=#\[\]{}]+?)\s*=")
 

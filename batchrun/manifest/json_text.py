@@ -24,10 +24,20 @@ class JsonFault(ValueError):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise JsonFault(f'the key "{twice}" is given twice in one object; keep one of them')
+        left = set(value)
+        for twice, _ in pairs:
+            if twice not in left:
+                break
+            left.remove(twice)
+        raise JsonFault(f"the key {shown(twice)} is given twice in one object; keep one of them")
     return value
+
+
+def shown(name: str) -> str:
+    """A name in quotes for a message: on one line, at most 60 characters."""
+    text = json.dumps(name[:80], ensure_ascii=False)
+    text = "".join(char if char.isprintable() else " " for char in text)
+    return text if len(text) <= 60 and len(name) <= 80 else f'{text[:56]}..."'
 
 
 def _constant(name: str) -> NoReturn:

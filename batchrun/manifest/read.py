@@ -30,7 +30,11 @@ MAX_ROW_BYTES = 16 * 1024 * 1024
 #: File name ending → format; each also with `.gz`.
 ENDINGS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
 FORMATS = ("csv", "tsv", "jsonl", "json")
+#: Endings of files that are no text.
+SPREADSHEETS = {".xlsx", ".xls", ".xlsm", ".ods", ".numbers"}
 
+#: A column's name beyond this is no name: the first line is no header, or an object was put together wrong.
+MAX_NAME_CHARS = 1000
 #: The csv module counts a cell's characters in a C long, of 32 bits on some systems.
 _MAX_CELL = 2**31 - 1
 #: Where a file has more broken quotes than this, the rest says nothing new.
@@ -83,6 +87,10 @@ def _format_of(source: Path | BinaryIO, shown: str, format: str | None) -> str:
     if ending not in ENDINGS:
         if source.is_dir():
             raise UsageError(f"{shown}: is a folder; write the path of a manifest in it")
+        if ending in SPREADSHEETS:
+            raise UsageError(
+                f"{shown}: is a spreadsheet; export it as CSV UTF-8 (in Excel: Save As) and name that"
+            )
         said = f'the ending "{ending}"' if ending else "a name without ending"
         raise UsageError(f"{shown}: {said} does not tell the format; write --format with one of {forms}")
     return ENDINGS[ending]
@@ -122,6 +130,11 @@ class Manifest:
     def blank_is_default(self) -> bool:
         """Whether empty text means "not given": in csv and tsv. In JSON an empty text is meant as it is."""
         return self.format in {"csv", "tsv"}
+
+    @property
+    def has_bom(self) -> bool:
+        """Whether the file began with a byte order mark; known once it has been read."""
+        return self._text.has_bom
 
     def __enter__(self) -> Self:
         return self
@@ -230,13 +243,18 @@ class Manifest:
             return []
         first: dict[str, int] = {}
         for at, name in enumerate(names, 1):
+            if len(name) > MAX_NAME_CHARS:
+                raise Fault(
+                    f"column {at} has a name of {len(name):,} characters; is this line a header?", line
+                )
             if name and (before := first.setdefault(name, at)) != at:
-                raise Fault(f'"{name}" names both column {before} and column {at}; rename one of them', line)
+                which = json_text.shown(name)
+                raise Fault(f"{which} names both column {before} and column {at}; rename one of them", line)
         other = next((mark for mark in ";\t," if mark in names[0] and mark != self.delimiter), None)
         if len(names) == 1 and other and not self._delimiter_was_given:
             own, other = ("tab" if mark == "\t" else mark for mark in (self.delimiter, other))
             cure = f'if "{other}" parts its cells write --delimiter "{other}", else --delimiter "{own}"'
-            raise Fault(f"the header is one single column, {names[0]!r}; {cure}", line)
+            raise Fault(f"the header is one single column, {json_text.shown(names[0])}; {cure}", line)
         self.columns = names
         return names
 
@@ -255,7 +273,9 @@ class Manifest:
             return
         if len(row) < len(columns):
             missing = [name for name in columns[len(row) :] if name]
-            some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            some = ", ".join(json_text.shown(name)[1:-1] for name in missing[:3]) + (
+                ", ..." if len(missing) > 3 else ""
+            )
             cells_given = "1 cell" if len(row) == 1 else f"{len(row)} cells"
             told = f"{cells_given} for {len(columns)} columns; empty: {some or 'unnamed columns'}"
             yield self._problem(told, line, Severity.WARNING)
@@ -314,7 +334,10 @@ class Manifest:
 
     def _object(self, line: int, value: Any) -> SourceRow | Problem:
         if isinstance(value, dict):
-            return SourceRow(line, value)
+            longest = max(map(len, value), default=0)
+            if longest <= MAX_NAME_CHARS:
+                return SourceRow(line, value)
+            return self._problem(f"a key has {longest:,} characters; write a parameter's name", line)
         cure = 'write an object, as in {"prompt": "a cat"}'
         if isinstance(value, list) and self.format == "jsonl":
             cure += ", or --format json if the file is one array"

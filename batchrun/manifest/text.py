@@ -16,6 +16,10 @@ from typing import BinaryIO
 
 #: What is read and decoded at once; larger blocks were not faster.
 BLOCK_BYTES = 256 * 1024
+#: gzip data that unpacks to more than this, and to more than _MAX_RATIO times its size, is no manifest's:
+#: those come to 5 to 50 times. A few megabytes could otherwise keep a run reading for days.
+_SUSPECT_BYTES = 4 * 1024 * 1024
+_MAX_RATIO = 200
 
 _GZIP = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
@@ -33,7 +37,7 @@ class Fault(Exception):
 def too_long(max_row_bytes: int, line: int) -> Fault:
     """The fault of a row beyond the limit."""
     return Fault(
-        f"the row is longer than {max_row_bytes:,} bytes; shorten it, or raise max_row_bytes in a job file",
+        f"the row is longer than {max_row_bytes:,} bytes; shorten it, or allow it with --max-row-bytes N",
         line,
     )
 
@@ -48,6 +52,8 @@ class Text:
         self._max_row_bytes = max_row_bytes
         self._must_be_gzip = must_be_gzip
         self._lines_before = 0
+        #: Whether a byte order mark was met, as Excel writes and wants one.
+        self.has_bom = False
         self._bytes_before = 0
         #: (its first line, text) of each block that holds a part of the present row.
         self._held: deque[tuple[int, str]] = deque()
@@ -110,6 +116,7 @@ class Text:
                 raise Fault("the file is UTF-16; save it as UTF-8", 1)
             while block.startswith(_BOM, begin):  # some files were marked twice
                 begin += len(_BOM)
+                self.has_bom = True
         bad = block.find(b"\0")
         fault = (
             f"a NUL byte (byte {self._bytes_before + bad}); save the file as UTF-8 text" if bad >= 0 else ""
@@ -160,7 +167,9 @@ class Text:
 def _inflated(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """gzip data of one or more members, unpacked by BLOCK_BYTES at most; zlib.error when it is bad."""
     inflater = zlib.decompressobj(wbits=31)
+    packed = unpacked = 0
     for data in chunks:
+        packed += len(data)
         while data:
             if inflater.eof:
                 data = data.lstrip(b"\0")  # some writers pad with zeros
@@ -169,9 +178,17 @@ def _inflated(chunks: Iterator[bytes]) -> Iterator[bytes]:
                 inflater = zlib.decompressobj(wbits=31)
             piece = inflater.decompress(data, BLOCK_BYTES)
             while piece and not inflater.eof:  # output may be left although all input was taken
+                unpacked += len(piece)
+                taken = packed - len(inflater.unconsumed_tail)
+                if unpacked > max(_SUSPECT_BYTES, _MAX_RATIO * taken):
+                    raise Fault(
+                        f"the gzip data unpacks to more than {_MAX_RATIO} times its size, as no manifest "
+                        "does; if it is meant, unpack it and name the unpacked file"
+                    )
                 yield piece
                 piece = inflater.decompress(inflater.unconsumed_tail, BLOCK_BYTES)
             if piece:
+                unpacked += len(piece)
                 yield piece
             data = inflater.unused_data if inflater.eof else b""
     if not inflater.eof:

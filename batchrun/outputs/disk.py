@@ -1,10 +1,11 @@
-"""What saving and the sidecar files share: the system's errors in words, and durable folder entries."""
+"""What saving and the sidecar files share: the system's errors in words, names that survive a power cut."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,14 @@ _CURES = {
     errno.EMFILE: "too many open files: raise the limit (ulimit -n) or lower --concurrency",
     errno.ENFILE: "too many open files on this machine: close some programs or lower --concurrency",
     errno.ENOENT: "its folder was deleted: run the same command again",
+    errno.EXDEV: "its folder lies on another disk: keep the whole of a run's folder on one",
     errno.EIO: "the disk reports a fault: check it before going on",
 }
+
+
+def cure_of(error: OSError) -> str | None:
+    """What to do about an error of the system's; None for one that is not about disks or files in general."""
+    return _CURES.get(error.errno or 0)
 
 
 @contextmanager
@@ -30,8 +37,16 @@ def disk_errors(verb: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        cure = _CURES.get(error.errno or 0) or error.strerror or type(error).__name__
+        cure = cure_of(error) or error.strerror or type(error).__name__
         raise DiskError(f"cannot {verb} {path}: {cure}") from error
+
+
+#: What a file system answers that cannot sync folders; nothing can be done about it.
+_CANNOT_SYNC = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP})
+
+#: Folders whose own name this process has made durable: an image costs one sync of a folder, not two.
+_durable_folders: set[Path] = set()
+_durable_folders_lock = threading.RLock()
 
 
 def sync_folder(folder: Path) -> None:
@@ -41,8 +56,30 @@ def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
     finally:
         os.close(handle)
+
+
+def make_durable(folder: Path) -> None:
+    """Makes the folder and sees to it that a power cut cannot take it away with what is in it.
+
+    Folders found here are synced too, once: they may be of a process that was killed before its sync.
+    """
+    with _durable_folders_lock:
+        if folder == folder.parent or (folder in _durable_folders and folder.is_dir()):
+            return
+        make_durable(folder.parent)
+        was_there = folder.is_dir()
+        folder.mkdir(exist_ok=True)
+        try:
+            sync_folder(folder.parent)
+        except PermissionError:
+            if not was_there:
+                raise  # one far above may be closed to us, and is none of ours
+        _durable_folders.add(folder)
 
 
 def free_bytes(path: Path) -> int:

@@ -19,9 +19,8 @@ import hashlib
 import os
 import re
 import shutil
-import threading
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -40,7 +39,7 @@ from batchrun.errors import (
     ServerFault,
 )
 from batchrun.model import Output
-from batchrun.outputs.disk import disk_errors, sync_folder
+from batchrun.outputs.disk import disk_errors, make_durable, sync_folder
 from batchrun.outputs.verify import EXTENSIONS, ImageFacts, Verifier
 
 #: Larger files are written to disk while they come, in pieces of this size: a download never holds more than
@@ -163,7 +162,7 @@ class Partial:
         """Writes what is held in memory to the file."""
         data = b"".join(self._held)
         # Shielded: after a cancellation it must be known what is in the file, to go on with it.
-        with anyio.CancelScope(shield=True), disk_errors("write", self.path):
+        with anyio.CancelScope(shield=True), disk_errors("write", self.path), _vanishing(self.path):
             if not self._written_bytes:
                 await anyio.to_thread.run_sync(lambda: self.path.parent.mkdir(parents=True, exist_ok=True))
             async with aiofiles.open(self.path, "ab" if self._written_bytes else "wb") as file:
@@ -199,7 +198,7 @@ class Partial:
         content = None
         if self._written_bytes:
             await self._flush()
-            with disk_errors("write", self.path):
+            with disk_errors("write", self.path), _vanishing(self.path):
                 await anyio.to_thread.run_sync(_sync, self.path)
         else:
             content = b"".join(self._held)
@@ -309,13 +308,18 @@ def _check_limit(size_bytes: int, max_bytes: int) -> None:
 
 # --- disk work, in threads -------------------------------------------------------------------------------
 
-#: Folders whose own entry this process has made durable: an image costs one sync of a folder, not two.
-_durable_folders: set[Path] = set()
-_durable_folders_lock = threading.Lock()
+
+@contextmanager
+def _vanishing(path: Path) -> Iterator[None]:
+    """A partial file or its folder that was deleted behind our back costs another fetch, not the run."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise OutputCorrupt(f"{path} was deleted from outside", reason="vanished") from error
 
 
 def _publish(saved: Saved, final: Path) -> None:
-    with disk_errors("write", final):
+    with disk_errors("write", final), _vanishing(saved.path):
         if os.path.lexists(final):
             if not (final.is_file() and _hash(final) == saved.sha256):
                 raise OutputError(f"{final} is there already with other content: move it away and run again")
@@ -328,9 +332,7 @@ def _publish(saved: Saved, final: Path) -> None:
                 file.write(saved.content)
                 file.flush()
                 os.fsync(file.fileno())
-        elif not saved.path.exists():
-            raise OutputCorrupt(f"{saved.path} was deleted from outside", reason="vanished")
-        _make_durable(final.parent)
+        make_durable(final.parent)
         saved.path.rename(final)
         sync_folder(final.parent)
 
@@ -355,19 +357,6 @@ def _adopt(base: Path, declared_bytes: int | None) -> Saved | None:
                 sync_folder(path.parent)
                 return Saved(path, sha256.hexdigest(), size, facts)
     return None
-
-
-def _make_durable(folder: Path) -> None:
-    """Makes the folder and sees to it that a power cut cannot take it away with what is in it."""
-    with _durable_folders_lock:
-        if folder in _durable_folders and folder.is_dir():
-            return
-        made = [place for place in (folder, *folder.parents) if not place.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        # A folder found here may be of a process that was killed before its sync.
-        for place in made or [folder]:
-            sync_folder(place.parent)
-        _durable_folders.add(folder)
 
 
 def _hash(path: Path) -> str:

@@ -68,7 +68,9 @@ def results_record(row: Row, attempts: Sequence[Attempt]) -> Record:
     """The result line of a row with all its attempts, oldest first.
 
     `images` are the paths of its saved images relative to the run folder; `cost_usd` is what all its attempts
-    cost together, null when none told its cost.
+    cost together, null when none told its cost. `cause` (a short word for the error), `row` (its number in
+    the run) and `key` (the hash of what it asks for; without an id with its number among rows that ask for
+    the same) are what a repair of the state needs to know the row again.
     """
     costs = [attempt.cost_usd for attempt in attempts if attempt.cost_usd is not None]
     return {
@@ -80,6 +82,9 @@ def results_record(row: Row, attempts: Sequence[Attempt]) -> Record:
         "task_ids": [attempt.task_id for attempt in attempts if attempt.task_id is not None],
         "images": [output.path for output in row.outputs if output.path is not None],
         "cost_usd": format(_sum(costs), "f") if costs else None,
+        "cause": row.failure.cause if row.failure else None,
+        "row": row.seq,
+        "key": row.content if row.id is not None else row.key,
     }
 
 
@@ -147,6 +152,7 @@ class Kinds:
         The file then has to be rewritten with all its records, fitted anew.
         """
         turned_to_text = False
+        had_lines, had_extra = bool(self._known["parameters"]), self._has_extra
         for record in records:
             for part, known in self._known.items():
                 for name, value in record[part].items():
@@ -158,7 +164,11 @@ class Kinds:
                     except _DisagreeError:
                         known[name] = _TEXT
                         turned_to_text = turned_to_text or before != _NULL
-        return turned_to_text
+        return turned_to_text or (had_lines and self._has_extra and not had_extra)
+
+    @property
+    def _has_extra(self) -> bool:
+        return any(kind != _NULL for kind in self._known["extra"].values())
 
     def fit(self, record: Record) -> Record:
         """The record with every value in the type of its key."""
@@ -169,6 +179,8 @@ class Kinds:
                 for name, value in record[part].items()
                 if value is not None
             }
+        if not self._has_extra:  # an object without any key, in all lines, is nothing that Parquet can hold
+            fitted["extra"] = None
         return fitted
 
 
@@ -242,6 +254,17 @@ class JsonLines:
         """The length of the file as this object left it."""
         return self._length_bytes
 
+    @property
+    def is_intact(self) -> bool:
+        """Whether the file is open and still lies at its path, as long as it was left; asks the disk."""
+        if self._file is None:
+            return False
+        try:
+            there, ours = os.stat(self.path), os.fstat(self._file)
+        except OSError:
+            return False
+        return os.path.samestat(there, ours) and there.st_size == self._length_bytes
+
     def open_at(self, length_bytes: int) -> int:
         """Opens the file and cuts it to that length, at the end of a line; returns its length."""
         self.close()
@@ -279,13 +302,17 @@ class JsonLines:
         with disk_errors("write", self.path):
             self._scratch.mkdir(parents=True, exist_ok=True)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with new.open("wb", buffering=_WRITE_BYTES) as file:
-                file.writelines(map(_line, records))
-                file.flush()
-                os.fsync(file.fileno())
-                length_bytes = file.tell()
-            self.close()
-            new.replace(self.path)
+            try:
+                with new.open("wb", buffering=_WRITE_BYTES) as file:
+                    file.writelines(map(_line, records))
+                    file.flush()
+                    os.fsync(file.fileno())
+                    length_bytes = file.tell()
+                self.close()
+                new.replace(self.path)
+            except BaseException:
+                new.unlink(missing_ok=True)  # on a full disk its room is needed
+                raise
             sync_folder(self.path.parent)
         return self.open_at(length_bytes)
 

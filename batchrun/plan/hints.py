@@ -10,6 +10,8 @@ from batchrun.model import Problem, Request, Severity, Tool
 
 #: A column of texts this long looks like prompts.
 _PROSE_CHARS = 20
+#: Rows of JSON may each have columns of their own.
+_MAX_COLUMNS = 20
 
 
 class Hints:
@@ -22,6 +24,8 @@ class Hints:
         self._seeded: Counter[str] = Counter()
         self._prose: Counter[str] = Counter()
         self._tools: dict[str, Tool] = {}
+        self._unexpanded: Counter[str] = Counter()
+        self._misspelt: dict[str, str] = {}
 
     def request(self, tool: Tool, request: Request) -> None:
         """Take in a bound request."""
@@ -41,6 +45,16 @@ class Hints:
             if isinstance(cell, str) and len(cell) >= _PROSE_CHARS and " " in cell.strip():
                 self._prose[column] += 1
 
+    def misspelt(self, cells: Mapping[str, Any], spellings: Mapping[str, str]) -> None:
+        """Take in the cells of a row that are no parameters; `spellings` are names by their lower case."""
+        for column in cells:
+            if (name := spellings.get(column.casefold())) and len(self._misspelt) < _MAX_COLUMNS:
+                self._misspelt[column] = name
+
+    def unexpanded(self, name: str) -> None:
+        """A row gives a value of its own for a parameter that the job expands."""
+        self._unexpanded[name] += 1
+
     def told(self, *, file: str, identical: int) -> Iterator[Problem]:
         """The hints; `identical` is how many requests repeat an earlier one."""
         for slug, left in self._samples_left.items():
@@ -49,7 +63,8 @@ class Hints:
             yield _hint(
                 file,
                 "samples",
-                f"{left:,} rows of {slug} leave it at {each}: {each} images a row are made and billed; "
+                f"{_count(left, 'row')} of {slug} {'leaves' if left == 1 else 'leave'} it at {each}: "
+                f"{each} images a row are made and billed; "
                 "for one image a row use --set samples=1",
             )
         for slug, seeds in self._seeds.items():
@@ -66,18 +81,40 @@ class Hints:
             yield _hint(
                 file,
                 "",
-                f"{identical:,} rows ask for the very same as another row; each is made and billed, "
+                f"{_count(identical, 'row')} {'asks' if identical == 1 else 'ask'} for the very same as "
+                "another row; each is made and billed, "
                 "and with the same seed the images may be the same",
             )
         for column, rows in self._prose.most_common(3):
             yield _hint(
                 file,
                 column,
-                f"holds text in {rows:,} rows and no parameter uses it; for one use --map prompt={column}",
+                f"holds text in {_count(rows, 'row')} and no parameter uses it; "
+                f"for one use --map prompt={column}",
+            )
+        for column, name in self._misspelt.items():
+            yield _hint(
+                file,
+                column,
+                f"is not {name}, since upper and lower case matter; if it is meant, rename it or use "
+                f"--map {name}={column}",
+            )
+        for name, rows in self._unexpanded.items():
+            yield _hint(
+                file,
+                name,
+                f"{_count(rows, 'row')} {'has' if rows == 1 else 'have'} a value of "
+                f"{'its' if rows == 1 else 'their'} own, which wins over --expand {name}: "
+                "not expanded along it",
             )
 
     def _has_seed(self, slug: str) -> bool:
         return self._tools[slug].parameter("seed") is not None
+
+
+def _count(number: int, noun: str) -> str:
+    """`1 row`, `2,212 rows`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _hint(file: str, column: str, message: str) -> Problem:

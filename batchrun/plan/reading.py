@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +17,7 @@ from typing import Protocol
 from batchrun.errors import ManifestError, UsageError
 from batchrun.manifest.expand import Axis, Expansion
 from batchrun.manifest.job import Job
-from batchrun.manifest.json_text import encode
+from batchrun.manifest.json_text import encode, shown
 from batchrun.model import Cell, Problem, Severity, SourceRow, Tool
 from batchrun.plan.hints import Hints
 from batchrun.plan.identity import content_hash
@@ -34,8 +34,11 @@ MAX_PROBLEMS = 10_000
 MAX_STRANGERS = 1000
 #: Far above what any tool makes for one request; what the state can hold and add up.
 MAX_IMAGES = 100_000
-#: Names of tools that are remembered, wrong ones among them.
+#: Names of tools that are remembered, wrong ones among them; longer ones are not.
 _REMEMBERED = 1000
+_LONGEST_NAME = 200
+#: What is told of one row's columns that are no parameters.
+_MAX_FAULTS = 20
 
 
 class Rows(Protocol):
@@ -70,8 +73,31 @@ class Findings:
     hints: list[Problem] = field(default_factory=list)
     error_count: int = 0
     warning_count: int = 0
-    #: Errors that no skipping of rows can help.
-    fatal: bool = False
+    #: Those errors that no skipping of rows can help.
+    blocking: list[Problem] = field(default_factory=list)
+    #: Requests that have no error.
+    valid_rows: int = 0
+
+    @property
+    def fatal(self) -> bool:
+        """Whether there are errors that no skipping of rows can help."""
+        return bool(self.blocking)
+
+    def allows(self, *, skip_invalid: bool) -> bool:
+        """Whether a run may begin."""
+        return not self.blocking and (skip_invalid or not self.error_count)
+
+    def as_error(self) -> ManifestError:
+        """All errors, to be raised where nothing can be run."""
+        return ManifestError(
+            self.errors, total=self.error_count, blocking=self.blocking, valid_rows=self.valid_rows
+        )
+
+    def block(self, problem: Problem) -> None:
+        """Add an error that no skipping of rows can help."""
+        self.add(problem)
+        if len(self.blocking) < MAX_PROBLEMS:
+            self.blocking.append(problem)
 
     def add(self, problem: Problem) -> None:
         """Count a problem and keep it while there are not too many."""
@@ -120,6 +146,7 @@ class _ToolInUse:
     tool: Tool
     binder: Binder
     number: int
+    spellings: dict[str, str] = field(default_factory=dict)
 
 
 class Reading:
@@ -130,6 +157,9 @@ class Reading:
     ) -> None:
         self.findings = Findings()
         self.rows_by_tool: Counter[str] = Counter()
+        #: Of these, the ones that can be asked for.
+        self.valid_by_tool: Counter[str] = Counter()
+        #: Rows of the run that is planned: requests, and what could not become one.
         self.requests = 0
         #: Of the rows that can be asked for.
         self.images = 0
@@ -150,24 +180,35 @@ class Reading:
         #: Names of set, map and expand that some tool of the manifest knows.
         self._useful: set[str] = set()
         self._unseen_columns = set(job.map.values())
+        #: Names of columns, as far as they are remembered.
+        self._columns: set[str] = set()
         self._expanded = 0
+        self._is_too_many = False
         self._strangers: dict[str, _Stranger] = {}
+        #: How many of their places are kept.
+        self._places = 0
 
     def read(self, manifest: Rows) -> None:
         """Read to the end; `findings` then says what is wrong, and the planning holds the rows."""
         blank = manifest.blank_is_default
+        misread: Problem | None = None
         for number, item in enumerate(manifest.rows()):
             if number % 500 == 0:
                 self._checkpoint()
             if isinstance(item, Problem):
                 self.findings.add(item)
                 if item.severity is Severity.ERROR:
+                    misread = item
                     self._stage_invalid(item.line, None, {}, str(item.message))
                 continue
             self._unseen_columns -= item.cells.keys()
+            if len(self._columns) < MAX_STRANGERS:
+                self._columns.update(item.cells)
             self._row(item, blank)
+        self._columns.update(manifest.columns or ())
         self._unseen_columns -= set(manifest.columns or ())
-        self.findings.fatal = self.findings.fatal or not manifest.complete
+        if not manifest.complete:  # the last word of a reading that had to end says why
+            self.findings.blocking.append(misread or Problem("was not read to its end", self._name))
         self._tell_strangers()
         self._check_names()
         _, self.images, _, identical = self._planning.summary()
@@ -195,7 +236,7 @@ class Reading:
             if used.binder.knows(name) and cells.get(name) is None:
                 cells[name] = value
         try:
-            expansion = self._expansion(cells, used)
+            expansion = self._expansion(row, cells, used)
         except _EmptyList as empty:
             message = "the list is empty; write at least one value, or null for the default"
             self._refuse(row, id_, self._column(empty.name), message)
@@ -221,7 +262,6 @@ class Reading:
     ) -> None:
         """One request of a row; `n` is its number when the row stands for several, else 0."""
         row, used = line.row, line.used
-        self.requests += 1
         self.rows_by_tool[used.tool.slug] += 1
         id_ = f"{line.id}.{n}" if line.id is not None and n else line.id
         source = self._source(row, id_, overlay) if n else row.cells
@@ -241,10 +281,13 @@ class Reading:
         if line.faults:
             self._stage_invalid(row.line, id_, source, "; ".join(line.faults))
             return
+        self.findings.valid_rows += 1
+        self.valid_by_tool[used.tool.slug] += 1
         self._hints.request(used.tool, request)
         content = content_hash(used.tool.run_path, request.given)
         by_set = {name for name in self._job.set if name not in overlay and self._given(row, name) is None}
         own = content_hash(used.tool.run_path, request.given, without=by_set) if by_set else content
+        self.requests += 1
         self._planning.stage(
             Staged(
                 line=row.line,
@@ -270,6 +313,7 @@ class Reading:
     def _stage_invalid(self, line: int, id_: str | None, cells: Mapping[str, Cell], message: str) -> None:
         text = encode(dict(cells))
         content = content_hash("invalid", {"cells": text})
+        self.requests += 1
         self._planning.stage(Staged(line, id_, content, content, None, "{}", "{}", 0, text, message=message))
 
     def _source(self, row: SourceRow, id_: str | None, overlay: Mapping[str, Cell]) -> dict[str, Cell]:
@@ -295,7 +339,7 @@ class Reading:
                 )
                 used = same or self._begin(tool)
             except UsageError as error:
-                if len(self._tools) >= _REMEMBERED:
+                if len(self._tools) >= _REMEMBERED or len(name) > _LONGEST_NAME:
                     raise
                 used = error
             self._tools[name] = used
@@ -306,7 +350,8 @@ class Reading:
     def _begin(self, tool: Tool) -> _ToolInUse:
         binder = Binder(tool, lora_scale=self._job.lora_scale)
         self._useful.update(binder.names)
-        return _ToolInUse(tool, binder, self._planning.tool(dumps(to_json(tool))))
+        described = {**to_json(tool), "lora_scale": self._job.lora_scale}  # all that a request is made by
+        return _ToolInUse(tool, binder, self._planning.tool(dumps(described)))
 
     def _column(self, name: str) -> str:
         """The manifest's column that holds a parameter, the id or the tool."""
@@ -347,6 +392,7 @@ class Reading:
             return {}, ()
         if self._job.extra != "error":
             self._hints.unused(unknown)
+            self._hints.misspelt(unknown, self._spellings(used))
             return (dict(unknown) if self._job.extra == "keep" else {}), ()
         names = [name for name, cell in unknown.items() if cell is not None]
         for name in names:
@@ -355,12 +401,30 @@ class Reading:
                 continue
             stranger = self._strangers.setdefault(name, _Stranger())
             stranger.rows += 1
-            if len(stranger.places) < MAX_PROBLEMS:
+            if self._places < MAX_PROBLEMS or not stranger.places:
+                self._places += 1
                 stranger.places.append((row.line, used.tool.slug))
-        return {}, tuple(f"{name}: is no parameter of {used.tool.slug}" for name in names)
+        faults = [f"{name}: is no parameter of {used.tool.slug}" for name in names[:_MAX_FAULTS]]
+        if len(names) > _MAX_FAULTS:
+            faults.append(f"and {len(names) - _MAX_FAULTS:,} more columns that are none")
+        return {}, tuple(faults)
 
-    def _expansion(self, cells: Mapping[str, Cell], used: _ToolInUse) -> Expansion:
-        axes = [axis for axis in self._axes if used.binder.knows(axis.name)]
+    def _spellings(self, used: _ToolInUse) -> Mapping[str, str]:
+        """The names that columns may have, by the same in lower case."""
+        if not used.spellings:
+            used.spellings = {name.casefold(): name for name in (*used.binder.names, ID, TOOL)}
+        return used.spellings
+
+    def _expansion(self, row: SourceRow, cells: Mapping[str, Cell], used: _ToolInUse) -> Expansion:
+        """What the row stands for. Its own value wins over an axis of the job's, as it does over `set`."""
+        axes = []
+        for axis in self._axes:
+            if not used.binder.knows(axis.name):
+                continue
+            if self._given(row, axis.name) is None:
+                axes.append(axis)
+            else:
+                self._hints.unexpanded(axis.name)
         laid = {axis.name for axis in axes}
         for name, cell in cells.items():
             if name not in laid and used.binder.expandable(name, cell):
@@ -374,7 +438,7 @@ class Reading:
     def _placed(self, problem: Problem, row: SourceRow) -> Problem:
         """A binder's problem at its place in the manifest, under the column's own name."""
         column = self._column(problem.column)
-        if problem.column in self._laid:
+        if problem.column in self._laid and self._given(row, problem.column) is None:
             column = f"--expand {problem.column}"
         elif column not in row.cells and problem.column in self._job.set:
             column = f"--set {problem.column}"
@@ -384,14 +448,14 @@ class Reading:
         self.findings.add(Problem(message, self._name, line, column))
 
     def _too_many(self, line: int) -> None:
-        if not self.findings.fatal:
-            self._problem(
-                line,
-                "",
-                f"the expansion makes more than {self._job.max_requests:,} requests; "
-                "narrow it, or allow it with --max-requests N",
-            )
-        self.findings.fatal = True
+        if self._is_too_many:
+            return
+        self._is_too_many = True
+        told = (
+            f"the expansion makes more than {self._job.max_requests:,} requests; "
+            "narrow it, or allow it with --max-requests N"
+        )
+        self.findings.block(Problem(told, self._name, line))
 
     def _tell_strangers(self) -> None:
         """A column that no tool knows is one mistake, however many rows it has."""
@@ -404,8 +468,7 @@ class Reading:
                 self.findings.error_count += stranger.rows - len(stranger.places)
                 continue
             line, slug = stranger.places[0]
-            near = closest(name, self._useful)
-            advice = f"did you mean {near}? " if near else ""
+            advice = f"{meant} " if (meant := _meant(name, self._useful | {ID, TOOL})) else ""
             if name in self._job.map:
                 advice = f"{name} is taken from column {self._job.map[name]}; "
             rows = f" ({stranger.rows:,} rows)" if stranger.rows > 1 else ""
@@ -427,23 +490,32 @@ class Reading:
         ):
             for name in names:
                 if name not in useful:
-                    near = closest(name, useful)
-                    advice = f"; did you mean {near}?" if near else ""
-                    self._setting(option, name, "no tool of the manifest has this parameter" + advice)
+                    told = "; ".join(
+                        filter(None, ("no tool of the manifest has this parameter", _meant(name, useful)))
+                    )
+                    self._setting(option, name, told)
         for parameter, column in self._job.map.items():
             if column in self._unseen_columns:
-                self._setting("--map", f"{parameter}={column}", f'the manifest has no column "{column}"')
+                meant = _meant(column, sorted(self._columns - {""}))
+                told = "; ".join(filter(None, (f'the manifest has no column "{column}"', meant)))
+                self._setting("--map", f"{parameter}={column}", told)
 
     def _setting(self, option: str, name: str, message: str) -> None:
-        self.findings.add(Problem(message, self._name, 0, f"{option} {name}"))
-        self.findings.fatal = True
+        self.findings.block(Problem(message, self._name, 0, f"{option} {name}"))
 
     def _check_ids(self) -> None:
         for twice in self._planning.duplicates():
-            self._problem(
-                twice.line,
-                self._column(ID),
-                f'"{twice.id}" is already the id of line {twice.first_line}; write an id of its own, '
-                "or leave ids out",
+            told = (
+                f"{shown(twice.id)} is already the id of line {twice.first_line}; write an id of its own, "
+                "or leave ids out"
             )
-            self.findings.fatal = True
+            self.findings.block(Problem(told, self._name, twice.line, self._column(ID)))
+
+
+def _meant(name: str, names: Iterable[str]) -> str:
+    """What a name that means nothing was probably meant to be, as a question; "" when nothing is like it."""
+    near = closest(name, names)
+    if near is None:
+        return ""
+    case = " (upper and lower case matter)" if near.casefold() == name.casefold() else ""
+    return f"did you mean {shown(near)[1:-1]}?{case}"

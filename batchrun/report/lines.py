@@ -1,4 +1,4 @@
-"""A run told in lines, for logs and pipes: one every half minute, and one when it is told to stop."""
+"""A run told in lines, for logs and pipes: one every half minute, and one when it has to wait or to stop."""
 
 from __future__ import annotations
 
@@ -21,11 +21,25 @@ class Lines:
     def __init__(self, talk: Talk, watch: Watch) -> None:
         self._talk = talk
         self._watch = watch
+        #: When a wait was told last, in monotonic seconds; None: not yet.
+        self._told_at: float | None = None
+        self._is_waiting = False
 
     def listen(self, event: Event) -> None:
         """Take in an event."""
+        reason = plain(str(event.details.get("reason", "")), limit=300)
         if event.fact is Fact.STOPPING:
-            self._say(f"stopping: {plain(str(event.details.get('reason', '')), limit=300)}")
+            self._say(f"stopping: {reason}")
+        elif event.fact is Fact.PAUSED:
+            now = time.monotonic()
+            # a service that comes and goes is told of now and then, by the lines
+            if not self._is_waiting and self._told_at is not None and now - self._told_at < EVERY_S:
+                return
+            self._told_at, self._is_waiting = now, True
+            self._say(f"waiting: {reason}")
+        elif event.fact is Fact.RESUMED and self._is_waiting:
+            self._is_waiting = False
+            self._say("going on")
 
     async def run(self) -> None:
         """Say a line now and then, until cancelled."""

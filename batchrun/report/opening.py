@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
@@ -23,15 +23,20 @@ LINES_NAMED = 5
 
 
 def planned(
-    merged: Merged, estimates: Sequence[Estimate], counts: Counts, *, limit: int | None
+    merged: Merged,
+    estimates: Sequence[Estimate],
+    counts: Counts,
+    *,
+    to_buy: Mapping[str, tuple[int, int]],
+    limit: int | None,
 ) -> Iterator[Line]:
-    """What reading the manifest came to."""
+    """What reading the manifest came to; `to_buy`: rows and images of this start by the tool's run path."""
     yield f"{count(merged.rows, 'row')}, {count(merged.images, 'image')} to expect", "bold"
     yield from so_far(counts)
     yield from _changes(merged)
     if limit is not None:
         yield f"only the first {count(limit, 'row')} (--limit)", ""
-    yield from _prices(merged, estimates)
+    yield from _prices(to_buy, estimates)
 
 
 def unchanged(counts: Counts, *, limit: int | None) -> Iterator[Line]:
@@ -81,14 +86,14 @@ def _changes(merged: Merged) -> Iterator[Line]:
         )
 
 
-def _prices(merged: Merged, estimates: Sequence[Estimate]) -> Iterator[Line]:
+def _prices(to_buy: Mapping[str, tuple[int, int]], estimates: Sequence[Estimate]) -> Iterator[Line]:
     known = {_slug(each.tool): each for each in estimates}
-    for run_path, (rows, images) in merged.by_tool.items():
+    for run_path, (rows, images) in to_buy.items():
         slug = _slug(run_path)
         asked = f"{count(rows, 'row')}, {count(images, 'image')}"
         yield f"  {plain(slug)}: {asked}, {_price(known.get(slug))}", ""
     costs = [each.cost_usd for each in estimates]
-    if len(merged.by_tool) > 1 and len(costs) == len(merged.by_tool) and None not in costs:
+    if len(to_buy) > 1 and len(costs) == len(to_buy) and None not in costs:
         total = sum((cost for cost in costs if cost is not None), Decimal(0))
         yield f"  together up to about {rough_usd(total)}", ""
 

@@ -16,6 +16,11 @@ FLOOR_S = 0.1
 CEILING_S = 10.0
 #: The first look while a tool's durations are unknown.
 FIRST_LOOK_S = 1.0
+#: A task that has begun is taken for stuck no sooner than this, and after this at the latest.
+STUCK_S = (300.0, 3600.0)
+#: Statuses of tasks that have not begun, and how long they may take.
+QUEUED = frozenset({"", "task_queue"})
+QUEUED_S = 6 * 3600.0
 
 
 @dataclass(slots=True)
@@ -32,6 +37,23 @@ class Durations:
     def typical_s(self) -> float | None:
         """The median, None until something was seen."""
         return median(self.seen) if self.seen else None
+
+    @property
+    def longest_s(self) -> float | None:
+        """The longest, None until something was seen."""
+        return max(self.seen, default=None)
+
+
+def stuck_after_s(status: str, longest_s: float | None) -> float:
+    """How long a task may stay in one status before it is taken for stuck; `longest_s`: of its tool's tasks.
+
+    Tasks that queue wait for other people's; a tool's slowest task so far says what is slow for it.
+    """
+    if status in QUEUED:
+        return QUEUED_S
+    if longest_s is None:
+        return STUCK_S[1]
+    return min(STUCK_S[1], max(STUCK_S[0], 20 * longest_s))
 
 
 def next_look_s(age_s: float, typical_s: float | None) -> float:

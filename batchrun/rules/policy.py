@@ -15,8 +15,12 @@ from batchrun.model import Failure, State, Task
 
 #: How long a refusal of one row's submit (code 0, not its parameters) is tried again before the row fails.
 REFUSAL_PATIENCE_S = 600.0
+#: However long a trouble lasts, fewer tries than this prove nothing: the machine may have slept in between.
+LEAST_TRIES = 4
 #: Outputs may appear this long after a task succeeded.
 OUTPUTS_PATIENCE_S = 30.0
+#: Further ones, this long after the first: fewer than asked for is rare, and then final.
+FEWER_PATIENCE_S = 6.0
 #: task_error that persists this long without a further stage is a failure.
 ERROR_PATIENCE_S = 120.0
 #: A task the service does not know for this long is held for the user.
@@ -72,6 +76,8 @@ class Stop:
 
 SubmitDecision = Retry | Pause | WaitForSlot | Doubt | Fail | Stop
 
+#: Cause of rows whose local image cannot be given to the service.
+INPUT_IMAGE = "input image"
 UNREACHABLE = "the service cannot be reached"
 RATE_LIMITED = "the service asks us to slow down"
 BALANCE = "the balance is exhausted"
@@ -97,7 +103,7 @@ def after_submit(
         case errors.RequestRejected():
             return Fail(Failure("rejected", str(error)))
         case errors.ServerFault() if not error.acted:
-            if refused_for_s >= REFUSAL_PATIENCE_S:
+            if refused_for_s >= REFUSAL_PATIENCE_S and tries >= LEAST_TRIES:
                 return Fail(Failure("service fault", str(error)))
             return Retry(backoff_s(tries, base_s=1.0, cap_s=60.0, rng=rng), str(error))
         case _:
@@ -112,13 +118,15 @@ def after_upload(error: errors.ServiceError, *, troubles: int, elapsed_s: float,
     own_s = 0.2 + backoff_s(troubles, base_s=1.0, cap_s=60.0, rng=rng)
     match error:
         case errors.RequestRejected() | errors.NotFound():
-            return Fail(Failure("input image", str(error)))
+            return Fail(Failure(INPUT_IMAGE, str(error)))
         case errors.RateLimited() | errors.ServerFault() if error.retry_after_s is not None:
             return Retry(min(error.retry_after_s, MAX_ASKED_S), str(error))
         case errors.ServerFault() if error.acted and (error.status or 500) >= 500:
             return Retry(own_s, str(error))
-        case errors.ServerFault() | errors.ProtocolError() if elapsed_s >= REFUSAL_PATIENCE_S:
-            return Fail(Failure("input image", str(error)))
+        case errors.ServerFault() | errors.ProtocolError() if (
+            elapsed_s >= REFUSAL_PATIENCE_S and troubles >= LEAST_TRIES
+        ):
+            return Fail(Failure(INPUT_IMAGE, str(error)))
         case _:
             return Retry(own_s, str(error))
 
@@ -151,6 +159,8 @@ class TaskFailed:
     """The task failed or was cancelled at the service and was not billed."""
 
     failure: Failure
+    #: The service has not closed it: it may go on, and is to be ended before another one is asked for.
+    is_open: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,22 +173,26 @@ class PaidButEmpty:
 Verdict = Running | Succeeded | TaskFailed | PaidButEmpty
 
 
-def judge(task: Task, *, in_status_for_s: float) -> Verdict:
+def judge(task: Task, *, images: int = 1, in_status_for_s: float) -> Verdict:
     """What a task's stage means; `in_status_for_s` is how long we have seen it in this status.
+
+    `images` were asked for: outputs may appear one by one.
 
     Sources: the tool documents ("Task Status Information": only task_postprocess_end and task_cancel are
     terminal) and the service's documentation of `pexit` (success is "0" and at least one output).
     """
-    has_images = any(output.url for output in task.outputs)
+    shown = sum(bool(output.url) for output in task.outputs)
     match task.status:
         case "task_postprocess_end":
-            if task.pexit in ("0", None) and has_images:
-                return Succeeded()
             if task.pexit not in ("0", None):
                 return TaskFailed(_task_failure(task))
-            if in_status_for_s < OUTPUTS_PATIENCE_S:
+            if shown >= images:
+                return Succeeded()
+            if in_status_for_s < (FEWER_PATIENCE_S if shown else OUTPUTS_PATIENCE_S):
                 return Running()  # outputs may appear one look later
-            if task.cost_usd:
+            if shown:
+                return Succeeded()
+            if task.cost_usd is None or task.cost_usd > 0:  # a bill that is not told is not none
                 return PaidButEmpty(Failure("paid but empty", "the task was billed and has no images"))
             return TaskFailed(Failure("no images", "the task ended without images and was not billed"))
         case "task_cancel":
@@ -187,7 +201,7 @@ def judge(task: Task, *, in_status_for_s: float) -> Verdict:
             # a log line on its way, or the end of a task that never ran: time or its own facts tell
             confirmed = task.ended_at is not None or task.pexit not in ("0", None)
             if confirmed or in_status_for_s >= ERROR_PATIENCE_S:
-                return TaskFailed(_task_failure(task))
+                return TaskFailed(_task_failure(task), is_open=not confirmed)
             return Running()
         case _:
             return Running()
@@ -200,9 +214,9 @@ def _task_failure(task: Task) -> Failure:
     )
 
 
-def are_gone(*, missing_for_s: float) -> bool:
-    """Whether images that a task showed before, and does not show for so long, are gone for good."""
-    return missing_for_s >= OUTPUTS_PATIENCE_S
+def are_gone(*, missing_for_s: float, looks: int) -> bool:
+    """Whether images that a task showed before are gone for good: not shown in so many looks in a row."""
+    return missing_for_s >= OUTPUTS_PATIENCE_S and looks >= LEAST_TRIES
 
 
 def charged(task: Task) -> Decimal | None:
@@ -236,7 +250,7 @@ def requeue_step(state: State, failure: Failure | None, *, regenerate_lost: bool
 
 
 #: What was paid for is gone; only the user's word buys it again.
-LOST_CAUSES = frozenset({"paid but empty", "images gone"})
+LOST_CAUSES = frozenset({"paid but empty", "images gone", "task unknown"})
 #: The images exist at the service: a retry fetches them.
 SAVING_CAUSES = frozenset({"download failed", "image damaged"})
 #: Failures after the service was paid.
@@ -279,7 +293,7 @@ def after_download(
     wait_s = backoff_s(troubles, base_s=0.5, cap_s=30.0, rng=rng)
     match error:
         case errors.OutputGone():
-            if elapsed_s >= GONE_PATIENCE_S:
+            if elapsed_s >= GONE_PATIENCE_S and troubles >= LEAST_TRIES:
                 return Fail(Failure("download failed", str(error)))
             return Refetch(wait_s if troubles > 1 else 0.0, refresh=True)
         case errors.OutputCorrupt(reason="declared-size" | "declared-type" | "etag") if (
@@ -291,7 +305,7 @@ def after_download(
                 return Fail(Failure("image damaged", f"damaged in {troubles} fetches, the last one: {error}"))
             return Refetch(wait_s)
         case errors.NotSent() | errors.ReplyLost() | errors.ServerFault() | errors.ProtocolError():
-            if elapsed_s >= DOWNLOAD_PATIENCE_S:
+            if elapsed_s >= DOWNLOAD_PATIENCE_S and troubles >= LEAST_TRIES:
                 return Fail(Failure("download failed", str(error)))
             return Refetch(wait_s)
         case errors.RateLimited():

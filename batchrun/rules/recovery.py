@@ -19,6 +19,8 @@ from batchrun.model import State, Task, Value
 GRACE_S = 20.0
 #: Two clocks of the service (its Date header, its createtime) may differ by this much.
 CLOCK_TOLERANCE_S = 2.0
+#: They may be wrong by more than that, though hardly by more than this.
+CLOCKS_APART_S = 300.0
 #: While no task of ours proves the listing, two answers this far apart do.
 SECOND_LOOK_S = 10.0
 #: A listing that fails for this long leaves the doubt to the user.
@@ -56,13 +58,17 @@ class Doubt:
     body: Mapping[str, Value]
     #: Parameters the row itself gives; an echo without them proves nothing.
     given: Collection[str]
-    #: The newest task id known before the intent, None when none was.
+    #: The newest task id known before the intent; 0 when the listing had none, None when it did not tell.
     after_task: int | None
     #: The service's time at the intent by its Date header, None when unknown.
     intent_server_at: float | None
     #: The number of the tool in the run, and the service's id of it, "" when not learned yet.
     tool: int = 0
     model_id: str = ""
+    #: Parameters that are texts: "7" and "7.0" are two prompts, though one number.
+    texts: Collection[str] = ()
+    #: Parameters that hold addresses of images, which the service may tell in its own words.
+    images: Collection[str] = ()
 
 
 def task_number(task_id: str) -> int | None:
@@ -92,10 +98,15 @@ def compare(doubt: Doubt, task: Task) -> Match:
         return Match.OTHER
     echoed = task.parameters or {}
     shared = [name for name in doubt.body if name in echoed]
-    if any(not same_value(doubt.body[name], echoed[name]) for name in shared):
+    unlike = [
+        name for name in shared if not same_value(doubt.body[name], echoed[name], is_text=name in doubt.texts)
+    ]
+    if any(name in doubt.given and name not in doubt.images for name in unlike):
         return Match.OTHER
-    if older is None or not shared or any(name not in echoed for name in doubt.given):
-        return Match.UNKNOWABLE
+    if unlike or older is None or not shared or any(name not in echoed for name in doubt.given):
+        return Match.UNKNOWABLE  # defaults and addresses may come back in the service's own words
+    if not (doubt.model_id and task.model_id) and set(echoed) != set(doubt.body):
+        return Match.UNKNOWABLE  # another tool may take the same prompt
     return Match.SAME
 
 
@@ -107,21 +118,44 @@ def is_older(doubt: Doubt, task: Task) -> bool:
 def _is_older(doubt: Doubt, task: Task) -> bool | None:
     """Whether `task` existed before the intent, by ids or else by the service's own times; None: unknown."""
     number = task_number(task.id)
-    if doubt.after_task is not None and number is not None:
+    if doubt.after_task and number is not None:
         return number <= doubt.after_task
     if doubt.intent_server_at is not None and task.created_at is not None:
-        return task.created_at < doubt.intent_server_at - CLOCK_TOLERANCE_S
-    return None
+        ahead_s = doubt.intent_server_at - task.created_at
+        if ahead_s > CLOCKS_APART_S:
+            return True
+        # where the listing was empty before, only a listing that erred makes a task an older one
+        return False if ahead_s <= CLOCK_TOLERANCE_S or doubt.after_task == 0 else None
+    return False if doubt.after_task == 0 else None
 
 
-def same_value(sent: Value, echoed: Any) -> bool:
-    """Whether an echoed parameter is what was sent, over the neighbouring types the service uses."""
+def same_value(sent: Value, echoed: Any, *, is_text: bool = False) -> bool:
+    """Whether an echoed parameter is what was sent, over the neighbouring types the service uses.
+
+    `is_text`: two spellings of one number are two texts.
+    """
     if isinstance(sent, list) or isinstance(echoed, list):
         left = sent if isinstance(sent, list) else _list_of(sent)
         right = echoed if isinstance(echoed, list) else _list_of(echoed)
         return [str(item) for item in left] == [str(item) for item in right]
     left_text, right_text = _text(sent), _text(echoed)
-    return left_text == right_text or _same_number(left_text, right_text)
+    return left_text == right_text or (not is_text and _same_number(left_text, right_text))
+
+
+def print_of_value(value: Any) -> tuple[str, ...]:
+    """What two values that are `same_value` have in common: a key to find them by. Others may share it."""
+    items = value if isinstance(value, list) else _list_of(value)
+    return tuple(_plain_number(_text(item)) for item in items)
+
+
+def _plain_number(text: str) -> str:
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        return text
+    if not number.is_finite() or abs(number.adjusted()) > 1000:
+        return text
+    return f"{number.normalize():f}" if number else "0"
 
 
 def _list_of(value: Any) -> list[Any]:

@@ -98,7 +98,7 @@ async def spoiled(
             return response
         case "500":
             return page(500, "Internal Server Error")
-        case "404-once":
+        case "404-once" | "404":
             return page(404, "Not Found")
         case "403":
             return page(403, "Forbidden", "Request has expired")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from decimal import Decimal, InvalidOperation
@@ -188,4 +189,12 @@ def simulate(
     except UsageError as error:
         raise click.UsageError(str(error)) from error
     except OSError as error:
-        raise click.ClickException(f"port {port} cannot be had: {error.strerror or error}") from error
+        if error.errno == errno.EADDRINUSE:
+            why = "another program serves there"
+        elif error.errno == errno.EACCES:
+            why = "this user may not serve there"
+        else:
+            why = error.strerror or str(error)
+        raise click.UsageError(
+            f"--port {port} cannot be had: {why}; choose another one, or 0 for any free one"
+        ) from error

@@ -114,6 +114,7 @@ _NAMED = [
     Fault("cdn-drip", "cdn", "the file comes in small pieces, slowly"),
     Fault("cdn-500", "cdn", "HTTP 500"),
     Fault("cdn-404-once", "cdn", "HTTP 404 at first", once=True),
+    Fault("cdn-404", "cdn", "HTTP 404 whenever asked, though Detail shows the image", RARE),
     Fault("cdn-403", "cdn", "the address has expired (HTTP 403); a new Detail gives a fresh one", once=True),
     Fault("cdn-gone", "cdn", "HTTP 410 for good; Detail shows the task without outputs", RARE),
     Fault("cdn-html", "cdn", "HTTP 200 with an HTML page"),

@@ -42,6 +42,8 @@ def move(
     check_lease(connection, seq, lease)
     before, present = connection.execute("SELECT state, present FROM rows WHERE seq = ?", (seq,)).fetchone()
     after = advance(State(before), event)
+    if before == State.IN_DOUBT:
+        unsettle(connection, [seq])  # it may have been told as such
     rests = after in TERMINAL
     given_back = rests or (after is State.PLANNED and not present)
     connection.execute(
@@ -127,6 +129,11 @@ def reserve(connection: sqlite3.Connection, amount: Decimal) -> None:
     """Set money aside for a task that may be made."""
     if amount:
         _add(connection, "reserved_usd", amount)
+
+
+def spend(connection: sqlite3.Connection, amount: Decimal) -> None:
+    """Add to what was spent."""
+    _add(connection, "spent_usd", amount)
 
 
 def free_reservation(connection: sqlite3.Connection, seq: int) -> None:

@@ -7,6 +7,8 @@ each. A verb is whole or absent, and a verb that fails takes no other with it.
 
 from __future__ import annotations
 
+import os
+import shlex
 import sqlite3
 import threading
 from collections import deque
@@ -33,7 +35,7 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     connection = None
     try:
         if read_only:
-            address = f"{path.resolve().as_uri()}?mode=ro"
+            address = f"{path.resolve().as_uri()}?mode=ro{_as_it_stands(path)}"
             connection = sqlite3.connect(address, uri=True, timeout=_BUSY_S, isolation_level=None)
         else:
             connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
@@ -49,17 +51,31 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     return connection
 
 
+def _as_it_stands(path: Path) -> str:
+    """What makes a state readable that lies on a medium (or in a folder) where nothing can be written.
+
+    SQLite would want to make the file that readers and writers share; without a log there is no writer.
+    """
+    may_write = os.access(path.parent, os.W_OK)
+    return "" if may_write or path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
+
+
 def store_error(error: sqlite3.Error, path: Path) -> StoreError | DiskError:
     """Our error for one of SQLite's; the text says what to do."""
     text = str(error)
     if "full" in text or "readonly" in text or "unable to open" in text or "disk I/O" in text:
         return DiskError(f"the state cannot be written: {path}: {text}; free or mend the disk and run again")
-    if "not a database" in text or "malformed" in text:
-        return StoreDamaged(
-            f"{path} is damaged ({text}); images already saved are safe. Put back a copy of it, or move the "
-            "folder away and run again (which buys the missing rows anew)"
-        )
+    if "not a database" in text or "malformed" in text or "decode to UTF-8" in text:
+        return damaged(path, text)
     return StoreError(f"the state cannot be used: {path}: {text}")
+
+
+def damaged(path: Path, what: str) -> StoreDamaged:
+    """The error for a state file that cannot be trusted; its text says what to do."""
+    return StoreDamaged(
+        f"{path} is damaged ({what}); images already saved are safe. To rebuild it from what is left, which "
+        f"buys nothing: batchrun repair {shlex.quote(str(path.parent))}"
+    )
 
 
 @dataclass(slots=True, eq=False)

@@ -14,6 +14,16 @@ def _first(connection: sqlite3.Connection) -> None:
         connection.execute(statement)
 
 
+def _second(connection: sqlite3.Connection) -> None:
+    # what a repair could not know, as JSON; {}: it never was repaired. See rebuilding.py
+    connection.execute("ALTER TABLE run ADD COLUMN rebuilt TEXT NOT NULL DEFAULT '{}'")
+
+
+def _third(connection: sqlite3.Connection) -> None:
+    # SHA-256 (hex) of failed.csv as it was written last, after those of the time before, as a JSON list
+    connection.execute("ALTER TABLE run ADD COLUMN failed_prints TEXT NOT NULL DEFAULT '[]'")
+
+
 def _statements(script: str) -> list[str]:
     """The statements of a script; executescript() would commit, and a step must be whole or absent."""
     lines = [line.split("--")[0] for line in script.splitlines()]
@@ -21,7 +31,7 @@ def _statements(script: str) -> list[str]:
 
 
 #: In order; the file's user_version counts how many have run.
-STEPS: tuple[Callable[[sqlite3.Connection], None], ...] = (_first,)
+STEPS: tuple[Callable[[sqlite3.Connection], None], ...] = (_first, _second, _third)
 
 
 def migrate(connection: sqlite3.Connection) -> None:

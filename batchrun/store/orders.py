@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from batchrun.errors import StoreError
 from batchrun.model import Counts, Failure, State
-from batchrun.store.store import connect, read_counts, read_failures
+from batchrun.store.connection import connect, store_error
+from batchrun.store.reading import read_saved_paths
+from batchrun.store.rebuilding import facts
+from batchrun.store.store import read_counts, read_failures
+
+T = TypeVar("T")
 
 
 def order_cancel(state: Path) -> None:
@@ -42,6 +48,19 @@ class Standing:
     listed_bytes: tuple[int, int] | None
     #: Whether rows have settled that the sidecar files do not tell yet.
     is_behind: bool
+    #: Rebuilt by a repair, and its manifest was not read since: there may be more rows than are known.
+    is_unread: bool = False
+
+
+def of_saved(state: Path, question: Callable[[Iterator[str]], T]) -> T:
+    """What `question` makes of the paths of all images of done rows. Raises StoreError."""
+    connection = connect(state, read_only=True)
+    try:
+        return question(read_saved_paths(connection))
+    except sqlite3.Error as error:
+        raise store_error(error, state) from error
+    finally:
+        connection.close()
 
 
 def read_standing(state: Path) -> Standing:
@@ -59,16 +78,23 @@ def read_standing(state: Path) -> Standing:
         ).fetchone()[0]
         is_open = connection.execute("SELECT EXISTS (SELECT 1 FROM leases WHERE ended_at IS NULL)").fetchone()
         return Standing(
-            manifest=run[0] if run else None,
-            job=run[1] if run else None,
+            manifest=(run[0] or None) if run else None,
+            job=(run[1] or None) if run else None,
             counts=read_counts(connection),
             failures=tuple(read_failures(connection, 20)),
             active=active,
             is_open=bool(is_open[0]),
             listed_bytes=(int(mark["metadata"]), int(mark["results"])) if mark else None,
             is_behind=bool(behind),
+            is_unread=_is_unread(connection),
         )
     except sqlite3.Error as error:
-        raise StoreError(f"the state cannot be read: {state}: {error}") from error
+        raise store_error(error, state) from error
     finally:
         connection.close()
+
+
+def _is_unread(connection: sqlite3.Connection) -> bool:
+    columns = {record[1] for record in connection.execute("PRAGMA table_info(run)")}
+    # whoever only looks finds states of earlier forms, too
+    return "rebuilt" in columns and bool(facts(connection).get("merge"))

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from batchrun.model import State
 from batchrun.rules.naming import stem, stem_with_hash
 from batchrun.rules.policy import PAID_CAUSES
+from batchrun.store import rebuilding
 from batchrun.store.changes import next_settled
 from batchrun.store.migrations import migrate
 from batchrun.store.reading import read_value
@@ -199,6 +200,8 @@ class Planning:
                 (manifest, at, job),
             )
             self._number()
+            if rebuilding.facts(self.connection).get("merge"):
+                rebuilding.fill_in(self.connection)
             self._match()
             merged = self._apply(rerun_changed=rerun_changed, identical=identical)
             self._run(
@@ -262,7 +265,8 @@ class Planning:
             "UPDATE main.sources AS old SET cells = staged.cells FROM staged "
             "WHERE staged.seq = old.row AND old.cells <> staged.cells"
         )
-        self._recount()
+        rebuilding.doubt_the_rest(self.connection)
+        rebuilding.recount(self.connection)
         if gone or moved or replaced or rerun:
             # what the sidecar files say of lines, extras and rows is not true any more
             self._run("UPDATE run SET listed = '{}'")
@@ -296,6 +300,16 @@ class Planning:
             # a value may have moved between --set and a column: the same request, given otherwise
             "UPDATE main.rows AS known SET own = staged.own FROM staged WHERE staged.seq = known.seq "
             "AND known.content = staged.content AND known.own <> staged.own"
+        )
+        self._run(
+            # what is not bought yet takes a changed way of sending LoRA scales, though no newer description
+            "UPDATE main.rows AS known SET tool = staged.tool "
+            "FROM staged, main.tools AS old, main.tools AS new WHERE staged.seq = known.seq "
+            "AND known.content = staged.content AND old.id = known.tool AND new.id = staged.tool "
+            "AND old.id <> new.id "
+            "AND json_extract(old.description, '$.lora_scale') "
+            "<> json_extract(new.description, '$.lora_scale') "
+            f"AND NOT {_PAID} AND known.state IN ({_RESTING})"
         )
         return self._run(
             "UPDATE main.rows AS known SET line = staged.line, extra = staged.extra, present = 1 FROM staged "
@@ -341,13 +355,19 @@ class Planning:
             "OR EXISTS (SELECT 1 FROM staged AS other "
             "WHERE other.name = staged.name COLLATE NOCASE AND other.n < staged.n))"
         )
-        first = read_value(self.connection, "SELECT coalesce(max(seq), 0) FROM main.rows")
+        rebuilding.free_numbers(self.connection)
+        first = read_value(
+            self.connection,
+            "SELECT coalesce(max(seq), 0) - (SELECT count(*) FROM temp.free) FROM main.rows",
+        )
         new = run(
             "INSERT INTO main.rows (seq, key, content, own, id, line, name, tool, given, extra, images, "
             "state, cause, message) "
-            "SELECT ? + row_number() OVER (ORDER BY n), key, content, own, id, line, name, tool, given, "
+            "SELECT coalesce(free.seq, ? + number), key, content, own, id, line, name, tool, given, "
             "extra, images, iif(message IS NULL, 'planned', 'invalid'), "
-            "iif(message IS NULL, NULL, 'invalid row'), message FROM staged WHERE seq IS NULL ORDER BY n",
+            "iif(message IS NULL, NULL, 'invalid row'), message "
+            "FROM (SELECT *, row_number() OVER (ORDER BY n) AS number FROM staged WHERE seq IS NULL) AS new "
+            "LEFT JOIN temp.free ON free.n = new.number ORDER BY number",
             (first,),
         ).rowcount
         run(
@@ -362,19 +382,6 @@ class Planning:
 
     # --- what is counted ----------------------------------------------------------------------------
 
-    def _recount(self) -> None:
-        self._run("DELETE FROM counts")
-        self._run(
-            "INSERT INTO counts (state, rows) "
-            "SELECT state, count(*) FROM main.rows WHERE present = 1 GROUP BY state"
-        )
-        self._run(
-            "UPDATE totals SET (images, bytes) = (SELECT count(*), coalesce(sum(outputs.size_bytes), 0) "
-            "FROM outputs JOIN main.rows AS known "
-            "ON known.seq = outputs.row AND known.generation = outputs.generation "
-            "WHERE known.present = 1 AND known.state = 'done' AND outputs.state = 'saved')"
-        )
-
     def _planned_by_tool(self) -> dict[str, tuple[int, int]]:
         records = self._run(
             "SELECT json_extract(tools.description, '$.run_path'), count(*), sum(images) "
@@ -384,6 +391,7 @@ class Planning:
         return {run_path: (rows, images) for run_path, rows, images in records}
 
 
-def form_json(*, format: str, delimiter: str | None, columns: Sequence[str] | None) -> str:
+def form_json(*, format: str, delimiter: str | None, columns: Sequence[str] | None, bom: bool = False) -> str:
     """The manifest's form as the run's record keeps it."""
-    return dumps({"format": format, "delimiter": delimiter, "columns": columns})
+    form = {"format": format, "delimiter": delimiter, "columns": columns}
+    return dumps({**form, "bom": True} if bom else form)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from batchrun.model import Attempt, Counts, Failure, Output, Row, State
+from batchrun.rules.budget import Bills, Budget
+from batchrun.rules.policy import PAID_CAUSES
 from batchrun.store.records import ATTEMPT_COLUMNS, OUTPUT_COLUMNS, load_row, read_attempt, read_output
 
 
@@ -56,20 +58,38 @@ def read_counts(connection: sqlite3.Connection) -> Counts:
     return Counts(by_state, images, size_bytes, Decimal(spent or 0))
 
 
-def read_failures(connection: sqlite3.Connection, limit: int) -> list[tuple[State, Failure, int, int]]:
-    """Rows that did not make it, grouped by state and cause, largest group first.
+#: A cause with so many different messages is told in a group for each; with more, in one with a sample.
+MESSAGES_APART = 3
+OTHER_ERRORS = "and other errors; see results.jsonl"
 
-    Each group as state, a sample failure, how many rows, and the first line.
+
+def read_failures(connection: sqlite3.Connection, limit: int) -> list[tuple[State, Failure, int, int]]:
+    """Rows that did not make it, by state and cause, and by message while there are few; largest group first.
+
+    Each group as state, the failure of its first row (which says so where others have another message), how
+    many rows, and the first line.
     """
-    records: Iterable[tuple[Any, ...]] = connection.execute(
-        "SELECT state, cause, min(message), count(*), min(line) FROM rows "
+    # the message comes from the row that has the smallest line: SQLite's rule for such columns
+    wanted = (
+        "SELECT state, cause, coalesce(message, ''), count(*), min(line) FROM rows "
         "WHERE state IN ('failed', 'cancelled', 'invalid', 'in_doubt') AND present = 1 "
-        "AND cause IS NOT NULL GROUP BY state, cause ORDER BY count(*) DESC, cause LIMIT ?",
-        (limit,),
+        "AND cause IS NOT NULL "
     )
+    groups = []
+    for state, cause, message, rows, line in connection.execute(
+        wanted + "GROUP BY state, cause ORDER BY count(*) DESC, cause LIMIT ?", (limit,)
+    ).fetchall():
+        apart: list[tuple[Any, ...]] = connection.execute(
+            wanted + "AND state = ? AND cause = ? GROUP BY message LIMIT ?",
+            (state, cause, MESSAGES_APART + 1),
+        ).fetchall()
+        if len(apart) > MESSAGES_APART:
+            apart = [(state, cause, f"{message}; {OTHER_ERRORS}", rows, line)]
+        groups += apart
+    groups.sort(key=lambda group: (-group[3], group[1], group[4]))
     return [
-        (State(state), Failure(cause, message or ""), rows, line)
-        for state, cause, message, rows, line in records
+        (State(state), Failure(cause, message), rows, line)
+        for state, cause, message, rows, line in groups[:limit]
     ]
 
 
@@ -92,14 +112,25 @@ def _tasks_of(connection: sqlite3.Connection, seq: int) -> tuple[Attempt, ...]:
 
 
 def read_rejected(connection: sqlite3.Connection, *, after_seq: int, limit: int) -> list[Rejected]:
-    """Rows of the present manifest that did not make it, as it had them, by row number."""
+    """Rows of the present manifest that neither made it nor were paid for, as it had them, by row number."""
+    paid = ", ".join("?" * len(PAID_CAUSES))
     records = connection.execute(
         "SELECT rows.seq, sources.cells FROM rows JOIN sources ON sources.row = rows.seq "
         "WHERE state IN ('failed', 'cancelled', 'invalid') AND present = 1 AND rows.seq > ? "
-        "ORDER BY rows.seq LIMIT ?",
-        (after_seq, limit),
+        f"AND NOT (state = 'failed' AND coalesce(cause, '') IN ({paid})) ORDER BY rows.seq LIMIT ?",
+        (after_seq, *sorted(PAID_CAUSES), limit),
     ).fetchall()
     return [Rejected(seq, json.loads(cells, parse_float=Decimal)) for seq, cells in records]
+
+
+def read_saved_paths(connection: sqlite3.Connection) -> Iterator[str]:
+    """Where the images of done rows of the present manifest were saved, by row number and index."""
+    records = connection.execute(
+        "SELECT path FROM rows "
+        "JOIN outputs ON outputs.row = rows.seq AND outputs.generation = rows.generation "
+        "WHERE rows.state = 'done' AND rows.present = 1 AND path IS NOT NULL ORDER BY rows.seq, number"
+    )
+    return (path for (path,) in records)
 
 
 # --- what the run's next step needs -----------------------------------------------------------------
@@ -115,6 +146,46 @@ def has_work(connection: sqlite3.Connection) -> bool:
             "AND (present = 1 OR state <> 'planned'))",
         )
     )
+
+
+def read_budget(connection: sqlite3.Connection, cap_usd: Decimal) -> Budget:
+    """What was spent, billed and reserved so far, in all starts."""
+    budget = Budget(cap_usd, Decimal(read_value(connection, "SELECT spent_usd FROM run")))
+    billed = connection.execute(
+        "SELECT rows.tool, rows.images, cost_usd, count(*) FROM attempts "
+        "JOIN rows ON rows.seq = attempts.row "
+        "WHERE cost_usd IS NOT NULL AND rows.tool IS NOT NULL GROUP BY 1, 2, 3"
+    )
+    for tool, images, cost, tasks in billed:
+        if (cost_usd := Decimal(cost)) > 0:
+            budget.bills.setdefault(tool, Bills()).add(cost_usd, images=images, tasks=tasks)
+    opened = connection.execute(
+        "SELECT rows.seq, rows.tool, rows.images, reserved_usd FROM attempts "
+        "JOIN rows ON rows.seq = attempts.row WHERE open = 1"
+    )
+    for seq, tool, images, reserved in opened:
+        budget.reserve(seq, tool, images=images, published_usd=Decimal(reserved))
+    return budget
+
+
+def read_unbought(connection: sqlite3.Connection, last_seq: int | None = None) -> list[tuple[int, int, int]]:
+    """The planned rows of the manifest, up to row `last_seq`: (tool, rows, images) by tool."""
+    return connection.execute(
+        "SELECT tool, count(*), sum(images) FROM rows WHERE state = 'planned' AND present = 1 "
+        "AND seq <= coalesce(?, seq) GROUP BY tool",
+        (last_seq,),
+    ).fetchall()
+
+
+def states_of(connection: sqlite3.Connection, ids: Collection[str]) -> dict[str, State]:
+    """The states of the manifest's rows of these ids (or file names); ids that no row has are left out."""
+    found = {}
+    for id_ in ids:
+        query = "SELECT state FROM rows WHERE (id = ? OR name = ?) AND present = 1 ORDER BY id = ? DESC"
+        state = read_value(connection, query, (id_, id_, id_))
+        if state is not None:
+            found[id_] = State(state)
+    return found
 
 
 def known_tasks(connection: sqlite3.Connection, task_ids: Collection[str]) -> dict[str, int | None]:

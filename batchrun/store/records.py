@@ -12,7 +12,7 @@ from batchrun.model import Attempt, Failure, LocalImage, Output, Row, State, Val
 
 ROW_COLUMNS = (
     "seq, key, id, line, name, tool, given, extra, images, state, attempts, generation, "
-    "cause, message, present"
+    "cause, message, present, lower(hex(content))"
 )
 ATTEMPT_COLUMNS = (
     "number, task_id, token, intent_at, intent_server_at, after_task, status, pexit, cost_usd, error, seconds"
@@ -55,7 +55,7 @@ def given_from_json(text: str) -> dict[str, Value | LocalImage]:
 def read_row(record: tuple[Any, ...], attempt: Attempt | None, outputs: Iterable[Output]) -> Row:
     """A Row from a record of ROW_COLUMNS."""
     seq, key, id_, line, name, tool, given, extra, images, state, attempts, generation, *rest = record
-    cause, message, present = rest
+    cause, message, present, content = rest
     return Row(
         seq=seq,
         key=key,
@@ -73,6 +73,7 @@ def read_row(record: tuple[Any, ...], attempt: Attempt | None, outputs: Iterable
         outputs=tuple(outputs),
         generation=generation,
         present=bool(present),
+        content=content,
     )
 
 

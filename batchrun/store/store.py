@@ -7,18 +7,22 @@ what they are made of is in changes.py, what is asked in reading.py.
 
 from __future__ import annotations
 
+import json
 import sqlite3
-from collections.abc import Callable, Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from batchrun.errors import DiskError, LeaseLost, StoreError
+from batchrun.errors import DiskError, StoreError
 from batchrun.model import Accepted, Counts, Failure, Output, RemoteOutput, Row, State, Task
+from batchrun.rules.budget import Budget
 from batchrun.rules.policy import requeue_step
 from batchrun.rules.states import Event
-from batchrun.store import changes, reading
+from batchrun.store import changes, reading, rebuilding
 from batchrun.store.connection import STATE_FILE, Transactions, connect, store_error
 from batchrun.store.migrations import migrate
 from batchrun.store.reading import (
@@ -106,14 +110,21 @@ class Store:
         return cls(connection, path)
 
     def close(self) -> None:
-        """Close the file; nothing is pending once every verb has returned."""
+        """Close the file; nothing is pending once every verb has returned.
+
+        The folder's lock is held until then, so no process works on the run any more: an open lease is left
+        only by one that was killed, together with its write-ahead log (see damage.py).
+        """
+        with suppress(sqlite3.Error):
+            connection = self._transactions.connection
+            connection.execute("UPDATE leases SET ended_at = ? WHERE ended_at IS NULL", (time.time(),))
         self._transactions.close()
 
     # --- the run's record -----------------------------------------------------------------------
 
     async def manifest(self) -> str | None:
         """The manifest the folder belongs to; None for a new one."""
-        return cast("str | None", await self._of_run("manifest"))
+        return cast("str | None", await self._of_run("manifest")) or None
 
     async def stamp(self) -> str | None:
         """What told the manifest as last read; None for a new run."""
@@ -144,6 +155,10 @@ class Store:
             lambda connection: connection.execute("UPDATE run SET manifest = ?, job = ?", (manifest, job))
         )
 
+    async def forget_stamp(self) -> None:
+        """Let the next start read the manifest again, though it has not changed."""
+        await self._write(lambda connection: connection.execute("UPDATE run SET stamp = ''"))
+
     async def adopt_limit(self, limit: int) -> None:
         """Record how many active tasks the account allows."""
         await self._write(lambda connection: connection.execute("UPDATE run SET account_limit = ?", (limit,)))
@@ -168,6 +183,8 @@ class Store:
             return cursor.lastrowid or 0
 
         self.lease = await self._write(verb)
+        # into the database itself: without its log the file then shows that something is missing
+        await self._read(lambda connection: connection.execute("PRAGMA wal_checkpoint").fetchone())
 
     async def end_lease(self, at: float) -> None:
         """Give the run back."""
@@ -187,6 +204,8 @@ class Store:
         not. `last_seq` bounds planned rows (a try with the first rows only).
         """
         present = "AND present = 1" if state is State.PLANNED else ""
+        if state is State.IN_DOUBT:  # the others are searched for: see rebuilding.py
+            present = "AND EXISTS (SELECT 1 FROM attempts WHERE row = rows.seq AND open = 1)"
         bound = f"AND seq > {int(after_seq)}"
         if last_seq is not None and state is State.PLANNED:
             bound += f" AND seq <= {int(last_seq)}"
@@ -200,8 +219,6 @@ class Store:
                 (self.lease, limit),
             ).fetchall()
             seqs = sorted(seq for (seq,) in claimed)
-            if state is State.IN_DOUBT:
-                changes.unsettle(connection, seqs)
             return [load_row(connection, seq) for seq in seqs]
 
         return await self._write(verb)
@@ -218,6 +235,18 @@ class Store:
     async def has_work(self) -> bool:
         """Whether any row is on its way."""
         return await self._read(reading.has_work)
+
+    async def budget(self, cap_usd: Decimal) -> Budget:
+        """What was spent, billed and reserved so far, under a cap."""
+        return await self._read(lambda connection: reading.read_budget(connection, cap_usd))
+
+    async def unbought(self, *, last_seq: int | None = None) -> list[tuple[int, int, int]]:
+        """The planned rows of the manifest, up to row `last_seq`: (tool, rows, images) by tool."""
+        return await self._read(lambda connection: reading.read_unbought(connection, last_seq))
+
+    async def states_of(self, ids: Collection[str]) -> dict[str, State]:
+        """The states of the manifest's rows of these ids; ids that no row has are left out."""
+        return await self._read(lambda connection: reading.states_of(connection, ids))
 
     async def last_seq_of(self, first_rows: int) -> int | None:
         """The number of the last of the manifest's first `first_rows` rows; None when there are fewer."""
@@ -300,13 +329,13 @@ class Store:
         """The doubt cannot be settled: the row stays in doubt and is told so to the user."""
 
         def verb(connection: sqlite3.Connection) -> None:
-            changed = connection.execute(
+            changes.check_lease(connection, seq, self.lease)
+            changes.unsettle(connection, [seq])
+            connection.execute(
                 "UPDATE rows SET cause = ?, message = ?, settled = ?, lease = NULL "
-                "WHERE seq = ? AND lease = ? AND state = 'in_doubt'",
-                (failure.cause, failure.message, changes.next_settled(connection), seq, self.lease),
-            ).rowcount
-            if not changed:
-                raise LeaseLost(f"row {seq} is not claimed by this process any more")
+                "WHERE seq = ? AND state = 'in_doubt'",
+                (failure.cause, failure.message, changes.next_settled(connection), seq),
+            )
 
         await self._write(verb)
 
@@ -478,6 +507,47 @@ class Store:
 
         return await self._write(verb)
 
+    # --- after a repair (see rebuilding.py) -----------------------------------------------------------
+
+    async def is_unread(self) -> bool:
+        """Whether the state was rebuilt and its manifest has not been read since."""
+        return bool((await self._read(rebuilding.facts)).get("merge"))
+
+    async def count_tasks(self) -> int:
+        """How many tasks this run knows."""
+        query = "SELECT count(*) FROM attempts WHERE task_id IS NOT NULL"
+        return int(await self._read(lambda connection: read_value(connection, query)))
+
+    async def wanted(self) -> rebuilding.Wanted | None:
+        """What is to be searched for in the service's list; None: nothing."""
+        return await self._read(rebuilding.wanted)
+
+    async def wanted_rows(self, *, is_first: bool, after_seq: int, limit: int) -> list[Row]:
+        """The rows to be searched for, by number."""
+        return await self._read(
+            lambda connection: rebuilding.wanted_rows(
+                connection, is_first=is_first, after_seq=after_seq, limit=limit
+            )
+        )
+
+    async def addresses_until(self, until: float) -> dict[str, str]:
+        """Addresses of images uploaded until then (UTC unix seconds), by SHA-256."""
+        return await self._read(lambda connection: rebuilding.addresses_until(connection, until))
+
+    async def settle_search(self, settlements: Sequence[rebuilding.Settlement], *, at: float) -> None:
+        """Record what the search found of some rows."""
+        await self._write(
+            lambda connection: rebuilding.settle(connection, settlements, lease=self.lease, at=at)
+        )
+
+    async def give_up_search(self, seqs: Collection[int]) -> None:
+        """Submit rows anew that the search could not settle, by the user's word."""
+        await self._write(lambda connection: rebuilding.give_up(connection, seqs, lease=self.lease))
+
+    async def end_first_search(self) -> None:
+        """The first search came to its end: failed rows and known tasks stand as they are."""
+        await self._write(rebuilding.searched)
+
     # --- uploads, tools, tasks ------------------------------------------------------------------------
 
     async def upload_url(self, sha256: str) -> str | None:
@@ -515,6 +585,19 @@ class Store:
         query = "SELECT EXISTS (SELECT 1 FROM attempts WHERE task_id IS NOT NULL)"
         return bool(await self._read(lambda connection: read_value(connection, query)))
 
+    async def row_of_task(self, task_id: str) -> Row | None:
+        """The row that asked for a task, None when it has asked for something else since, or is not known."""
+        query = (
+            "SELECT rows.seq FROM attempts JOIN rows ON rows.seq = attempts.row "
+            "WHERE task_id = ? AND attempts.generation = rows.generation"
+        )
+
+        def verb(connection: sqlite3.Connection) -> Row | None:
+            seq = read_value(connection, query, (task_id,))
+            return None if seq is None else load_row(connection, seq)
+
+        return await self._read(verb)
+
     async def known_tasks(self, task_ids: Collection[str]) -> dict[str, int | None]:
         """Which of these task ids belong to rows of this run, and the number of each one's tool description.
 
@@ -527,6 +610,10 @@ class Store:
     async def counts(self) -> Counts:
         """Rows of the present manifest by state, and what they brought."""
         return await self._read(read_counts)
+
+    async def of_saved(self, question: Callable[[Iterator[str]], T]) -> T:
+        """What `question` makes of the paths of all images of done rows, one after the other."""
+        return await self._read(lambda connection: question(reading.read_saved_paths(connection)))
 
     async def failures(self, *, limit: int = 20) -> list[tuple[State, Failure, int, int]]:
         """Groups of rows that did not make it: state, a sample failure, how many, the first line."""
@@ -549,12 +636,25 @@ class Store:
 
         return await self._write(verb)
 
+    async def failed_prints(self) -> list[str]:
+        """SHA-256 (hex) of failed.csv or failed.jsonl as written last; before it the one that it replaced."""
+        return list(json.loads(await self._of_run("failed_prints") or "[]"))
+
+    async def note_failed_prints(self, prints: Sequence[str]) -> None:
+        """The file of the rows that did not make it is, or is about to become, one of these."""
+        await self._write(
+            lambda connection: connection.execute("UPDATE run SET failed_prints = ?", (dumps(list(prints)),))
+        )
+
     async def settled_after(self, settled: int, *, limit: int) -> list[Settled]:
         """Rows settled after that number, in order of settling."""
         return await self._read(lambda connection: read_settled(connection, settled, limit=limit))
 
     async def rejected_rows(self, *, after_seq: int, limit: int) -> list[Rejected]:
-        """Rows of the present manifest that did not make it, as it had them, by row number."""
+        """Rows of the present manifest that did not make it, as it had them, by row number.
+
+        Those that were paid for are left out: to run them from a file would buy them again.
+        """
         return await self._read(
             lambda connection: reading.read_rejected(connection, after_seq=after_seq, limit=limit)
         )

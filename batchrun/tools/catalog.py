@@ -70,7 +70,8 @@ class Catalog:
                 raise UsageError(f'"{name}" is the name of several tools; write one of: {", ".join(found)}')
             if found:
                 return self._tool(found[0])
-        raise UsageError(f'no tool is called "{name}"; {self._suggestion(wanted)}')
+        told = name if len(name) <= 100 else f"{name[:97]}..."
+        raise UsageError(f'no tool is called "{told}"; {self._suggestion(wanted)}')
 
     def add(self, page_text: str) -> Tool:
         """The tool of a page, from now on in the catalog. Raises PageError; UsageError if not kept."""

@@ -77,7 +77,8 @@ class _Page:
         words = list(re.finditer(r"\S+", self._original))
         if not 0 < words_before <= len(words):
             raise PageError(message, len(self._original))
-        raise PageError(message, words[words_before - 1].start() + max(0, at - word_start))
+        position = words[words_before - 1].start() + max(0, at - word_start)
+        raise PageError(message, min(position, len(self._original)))  # `at` may be behind the end
 
     def tool(self) -> Tool:
         head = self.text.find(f" {_HEAD} ")

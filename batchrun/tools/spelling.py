@@ -8,7 +8,7 @@ from functools import lru_cache
 
 def closest(name: str, names: Iterable[str]) -> str | None:
     """The one of `names` most like `name`, whatever the case and punctuation; None when none is like it."""
-    return _closest(name, tuple(names))
+    return _closest(name[:200], tuple(names))  # what is remembered is short
 
 
 # One misspelled column or value comes back in every row of a manifest.
@@ -16,7 +16,7 @@ def closest(name: str, names: Iterable[str]) -> str | None:
 def _closest(name: str, names: tuple[str, ...]) -> str | None:
     import difflib  # here, since only a mistake needs it
 
-    wanted = _letters(name[:200])
+    wanted = _letters(name)
     by_letters = {_letters(known): known for known in reversed(names)}
     if wanted in by_letters:
         return by_letters[wanted]

@@ -92,6 +92,11 @@ def is_image(parameter: Parameter) -> bool:
     return (name.endswith("Url") and "image" in name.lower()) or parameter.type in _FILE_TYPES
 
 
+def is_text(parameter: Parameter) -> bool:
+    """Whether the parameter's value is free text, so that "7" and "7.0" differ."""
+    return parameter.type in ("text", "textarea") and not is_seed(parameter) and not is_image(parameter)
+
+
 def takes_many(parameter: Parameter) -> bool:
     """Whether the parameter's value is a list."""
     return parameter.type in _MANY_TYPES

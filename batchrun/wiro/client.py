@@ -115,6 +115,7 @@ class Wiro:
         self._credentials = credentials
         self._deadlines = deadlines
         self._host = URL(credentials.base_url).host or ""
+        self._concealed = signing.concealer(credentials.key, credentials.secret)
         self._nonce = 0
         #: The last Date header as unix time, and our monotonic and wall time at its arrival.
         self._seen: tuple[float, float, float] | None = None
@@ -268,7 +269,8 @@ class Wiro:
             ) as response:
                 wait_s = self._note(response.headers)
                 answer = await _whole(response.content)
-        return _Answer(response.status, self._without_keys(answer), wait_s)
+        # Should it quote our keys: its words end up in messages and logs.
+        return _Answer(response.status, self._concealed(answer), wait_s)
 
     async def _open(
         self, address: URL, asked: int, etag: str, max_redirects: int
@@ -317,14 +319,6 @@ class Wiro:
             self._seen = (at, time.monotonic(), time.time())
         asked = headers.get("Retry-After")
         return None if asked is None else wire.retry_after_s(asked, now=time.time() if at is None else at)
-
-    def _without_keys(self, body: bytes) -> bytes:
-        """The answer without our keys, should it quote them: its words end up in messages and logs."""
-        for key in (self._credentials.key, self._credentials.secret):
-            # Anything shorter is no real key and would tear holes into sound answers.
-            if key is not None and len(key) >= 8:
-                body = body.replace(key.encode(), b"***")
-        return body
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,6 +394,8 @@ def is_public(address: str) -> bool:
     """Whether an IP address belongs to the internet at large, not to this machine or a network around it."""
     ip = ip_address(address.partition("%")[0])
     if isinstance(ip, IPv6Address):
+        if ip.is_site_local:  # withdrawn (RFC 3879), but still inside somebody's network
+            return False
         gateway = IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None
         ip = ip.ipv4_mapped or ip.sixtofour or gateway or ip
     return ip.is_global and not ip.is_multicast and not ip.is_reserved

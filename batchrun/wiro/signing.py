@@ -1,4 +1,4 @@
-"""The headers that say who asks.
+"""The headers that say who asks, and how these keys are kept out of what is shown.
 
 Two kinds of project exist (the tools' pages, "Integration Header Prepare"): with a secret, a request carries
 the lower-case hex HMAC-SHA256 of `secret + nonce` under the API key; without one, the key alone.
@@ -6,7 +6,10 @@ the lower-case hex HMAC-SHA256 of `secret + nonce` under the API key; without on
 
 from __future__ import annotations
 
+import base64
 import hmac
+import re
+from collections.abc import Callable, Iterator
 
 
 def headers(key: str, secret: str | None, nonce: int) -> dict[str, str]:
@@ -16,3 +19,52 @@ def headers(key: str, secret: str | None, nonce: int) -> dict[str, str]:
     text = str(nonce)
     signature = hmac.digest(key.encode(), (secret + text).encode(), "sha256").hex()
     return {"x-api-key": key, "x-nonce": text, "x-signature": signature}
+
+
+#: What only a spelling of plain ASCII in JSON or in an address has; honest answers hardly ever do.
+_SPELLED = (re.compile(rb"\\u00[2-7]"), re.compile(rb"%[2-7]"), re.compile(rb'\\["/\\]'))
+
+#: Printable ASCII that JSON spells as an escape; before it, whole escapes of backslashes.
+_ESCAPED = re.compile(rb"((?<!\\)(?:\\\\)*)\\u00([2-7][0-9a-fA-F])")
+
+
+def concealer(*secrets: str | None) -> Callable[[bytes], bytes]:
+    """A function that puts `***` in the place of these secrets in bytes that may quote them.
+
+    Found are also the spellings of JSON, of addresses (`%41` for A) and of base64. Secrets of fewer than 8
+    characters are left alone: they are no real ones, and would tear holes into sound answers.
+    """
+    coded = [secret.encode() for secret in secrets if secret and len(secret) >= 8]
+    plain = [text for secret in coded for text in (secret, *_base64(secret))]
+    spelled = re.compile(b"|".join(b"".join(map(_character, secret)) for secret in coded)) if coded else None
+
+    def conceal(said: bytes) -> bytes:
+        if _SPELLED[0].search(said):  # what is spelled so may itself be a spelling
+            said = _ESCAPED.sub(_unescaped, said)
+        for text in plain:
+            said = said.replace(text, b"***")
+        if spelled is not None and any(mark.search(said) for mark in _SPELLED):
+            said = spelled.sub(b"***", said)
+        return said
+
+    return conceal
+
+
+def _unescaped(escape: re.Match[bytes]) -> bytes:
+    """The same JSON with the character itself, behind a backslash where it needs one."""
+    char = bytes([int(escape[2], 16)])
+    return escape[1] + (b"\\" + char if char in b'"\\' else char)
+
+
+def _base64(secret: bytes) -> Iterator[bytes]:
+    """What of the secret stands in base64, which may begin at three places of a longer text."""
+    for before in range(3):
+        coded = base64.b64encode(bytes(before) + secret)
+        sure = coded[-(-before * 8 // 6) : (before + len(secret)) * 8 // 6]
+        yield from {sure, sure.translate(bytes.maketrans(b"+/", b"-_"))}
+
+
+def _character(byte: int) -> bytes:
+    """A pattern for one character of a secret, however it is spelled."""
+    itself, digits = re.escape(bytes([byte])), b"(?i:%02x)" % byte
+    return b"(?:%b|%%%b|\\\\+(?:u00%b|%b))" % (itself, digits, digits, itself)

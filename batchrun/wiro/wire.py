@@ -43,8 +43,14 @@ MAX_TEXT_CHARS = 8192
 MAX_DEBUG_CHARS = 2000
 #: A task of an image tool has a handful of outputs; a list beyond this is damage.
 MAX_OUTPUTS = 10_000
+#: One call lists 100 tasks; a list beyond this is damage.
+MAX_TASKS = 1000
 #: More complaints than this in one answer tell nothing new.
 MAX_COMPLAINTS = 20
+#: 100 tasks have some 10,000 values; an answer beyond this would take a hundred times its size in memory.
+MAX_VALUES = 500_000
+#: Nothing the service says nests deeper than a few levels; more would break whoever walks the value later.
+MAX_DEPTH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +110,13 @@ def read_accepted(status: int, body: bytes, *, retry_after_s: float | None = Non
     return Accepted(task_id, _token(data))
 
 
+_CHECK_KEYS = "check WIRO_API_KEY and WIRO_API_SECRET"
+
+
 def _envelope(status: int, body: bytes, retry_after_s: float | None) -> dict[str, Any]:
     """The object an answer consists of, whatever it says; for any other answer its HTTP status decides."""
     if status == 401:
-        words = "the service refuses the API key or its signature"
+        words = f"the service refuses the API key or its signature; {_CHECK_KEYS}"
         raise CredentialsRefused(words, status=status, detail=snippet(body))
     try:
         data = _json(body)
@@ -164,7 +173,7 @@ def _refusal(status: int, data: Mapping[str, Any], retry_after_s: float | None) 
     said = snippet(complaints[0][1]) if complaints else ""
     for code in (98, 99):
         if code in by_code:
-            words = f"the service refuses the credentials (code {code}): {by_code[code]}"
+            words = f"the service refuses the credentials (code {code}): {by_code[code]}; {_CHECK_KEYS}"
             return CredentialsRefused(words, status=status, detail=said)
     if 97 in by_code:
         return BalanceExhausted(
@@ -231,6 +240,8 @@ def read_tasks(data: Mapping[str, Any], *, whole: bool) -> list[Task]:
     entries = _list(data.get("tasklist"))
     if entries is None and (whole or data.get("tasklist")):
         raise ProtocolError("the service answered without a list of tasks")
+    if entries is not None and len(entries) > MAX_TASKS:
+        raise ProtocolError(f"the service listed {len(entries):,} tasks in one answer")
     return [read_task(entry) for entry in entries or []]
 
 
@@ -252,7 +263,7 @@ def read_task(entry: object) -> Task:
         ended_at=_instant(fields.get("endtime")),
         elapsed_s=_decimal(fields.get("elapsedseconds")),
         parameters=_parameters(fields.get("parameters")),
-        debug_error=_text(fields.get("debugerror"))[-MAX_DEBUG_CHARS:],
+        debug_error=_without_token(_text(fields.get("debugerror")), fields)[-MAX_DEBUG_CHARS:],
         model_id=_text(fields.get("modelid")),
     )
 
@@ -370,11 +381,16 @@ def content_range(value: str | None) -> tuple[int, int, int | None] | None:
     return (first, last, total) if first <= last and (total is None or last < total) else None
 
 
+#: A task's token is a key to the task: whoever has it can watch and stop it.
+_TOKEN = re.compile(r"(token\W{1,8})[\w.~+/=-]{6,}", re.IGNORECASE)
+
+
 def snippet(said: str | bytes) -> str:
-    """The beginning of what somebody said, on one line and without control characters."""
+    """The beginning of what somebody said, on one line, without control characters and without tokens."""
     text = said[: 4 * SNIPPET_CHARS]
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
+    text = _TOKEN.sub(r"\1***", text)
     clean = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     return clean if len(clean) <= SNIPPET_CHARS else clean[: SNIPPET_CHARS - 1] + "…"
 
@@ -386,10 +402,29 @@ def _json(text: str | bytes) -> Any:
     """JSON with exact decimals; ValueError for what is none, too deep, or has numbers beyond reason."""
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig", "replace")
+    if sum(map(text.count, ",[{")) > MAX_VALUES:
+        raise ValueError("too many values")
     try:
-        return json.loads(text, parse_float=_exact, parse_constant=lambda _: None)
+        value = json.loads(text, parse_float=_exact, parse_constant=lambda _: None)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    _check_depth(value)
+    return value
+
+
+def _check_depth(value: object) -> None:
+    """ValueError when lists and objects nest deeper than MAX_DEPTH."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return
+    raise ValueError("nested too deeply")
 
 
 def _exact(text: str) -> Decimal | None:
@@ -421,6 +456,12 @@ def _text(value: object) -> str:
 
 def _token(fields: Mapping[str, Any]) -> str:
     return _text(fields.get("socketaccesstoken")) or _text(fields.get("tasktoken"))
+
+
+def _without_token(text: str, fields: Mapping[str, Any]) -> str:
+    """A tool's words without its task's token, should they quote it."""
+    token = _token(fields)
+    return text.replace(token, "***") if len(token) >= 8 else text
 
 
 def _digits(value: object) -> int | None:

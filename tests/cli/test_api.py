@@ -84,3 +84,39 @@ def test_check_counts_and_finds_without_a_loop_or_keys(tmp_path: Path) -> None:
     assert (checked.rows, checked.images, checked.tools) == (8, 8, {"Retro-Cartoons": 8})
     assert not checked.findings.errors
     assert not (tmp_path / "run").exists()
+
+
+async def test_a_rehearsal_is_never_taken_for_a_real_run_nor_the_other_way_round(tmp_path: Path) -> None:
+    job = job_of(write_rows(tmp_path / "p.csv", 1))
+    async with batchrun.running(job, simulate=True, every_s=0.01) as going:
+        async for _ in going:
+            pass
+    assert going.outcome.exit_code == 0
+    real = job.with_overrides(out=tmp_path / "real")
+    async with Simulator(seconds=0.02) as simulator:
+        credentials = credentials_of(simulator)
+        with pytest.raises(batchrun.UsageError, match="holds a rehearsal"):
+            await batchrun.run(job, credentials)
+        with pytest.raises(batchrun.UsageError, match="holds a rehearsal"):
+            await batchrun.Runner(job, credentials).run()
+        assert (await batchrun.run(real, credentials)).exit_code == 0
+        with pytest.raises(batchrun.UsageError, match="is no rehearsal"):
+            await batchrun.run(real, simulate=True)
+    assert not (tmp_path / "real/simulator.jsonl").exists()
+    assert (await batchrun.run(job, simulate=True)).counts.images == 1
+
+
+async def test_a_run_that_was_not_started_is_not_iterated_over_for_ever(tmp_path: Path) -> None:
+    going = batchrun.running(job_of(write_rows(tmp_path / "p.csv", 1)), simulate=True)
+    with pytest.raises(RuntimeError, match="async with"):
+        async for _ in going:
+            pass
+
+
+async def test_arguments_of_the_wrong_type_are_told_at_once(tmp_path: Path) -> None:
+    job = job_of(write_rows(tmp_path / "p.csv", 1))
+    with pytest.raises(TypeError, match="listener="):
+        await batchrun.run(job, print)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="listener must be callable"):
+        batchrun.running(job, listener="x", simulate=True)  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
+
+from batchrun.cli.cancel import _tell
+from batchrun.model import Counts, State
+from batchrun.report.talk import Talk
+from batchrun.store.orders import Standing
 from tests.support.command import TOOL, Here, simulator, until
 
 
@@ -49,3 +56,12 @@ def test_where_nothing_runs_it_says_so_and_needs_no_keys(here: Here) -> None:
     ended = here.batchrun("cancel", "runs/p", env={"WIRO_API_KEY": ""})
     assert ended.returncode == 0
     assert ended.stdout == "nothing was running\n"
+
+
+def test_tasks_that_had_ended_by_then_are_said_to_have() -> None:
+    counts = Counts({State.IN_FLIGHT: 2, State.DONE: 1})
+    before = Standing("/m.csv", "{}", counts, (), 2, is_open=False, listed_bytes=None, is_behind=False)
+    after = replace(before, counts=Counts({State.DONE: 3}), active=0)
+    stream = io.StringIO()
+    assert _tell(Talk(stream), before, after) == 0
+    assert stream.getvalue() == "nothing to cancel: the tasks had ended, 2 rows done\n"

@@ -36,7 +36,9 @@ def test_invalid_rows_that_are_to_be_skipped_are_no_reason_to_fail(alone: Here) 
     alone.write("m.csv", "id,prompt,steps\na,x,20\nb,x,ten\n")
     ended = alone.batchrun("check", "m.csv", "--tool", TOOL, "--skip-invalid")
     assert ended.returncode == 0
+    assert ended.stdout.startswith(f"2 rows, 4 images to expect\n  {TOOL}: 1 row\n"), "as run counts them"
     assert "1 error: the rows that have one are left out (--skip-invalid)" in ended.stdout
+    assert "hint: m.csv: samples: 1 row of Retro-Cartoons leaves it at 4: " in ended.stdout
 
 
 def test_as_json_it_tells_all_of_it(alone: Here) -> None:

@@ -24,7 +24,10 @@ def test_one_id_is_enough(here: Here) -> None:
     with simulator("--fault", "run-validation*2") as wiro:
         here = Here(here.folder, wiro)
         here.run(here.rows(2))
+        unknown = here.batchrun("retry", "runs/p", "--id", "r2", "--id", "nosuch")
         retried = here.batchrun("retry", "runs/p", "--id", "r2")
+    assert unknown.returncode == 2
+    assert 'no row of the run has the id "nosuch"' in unknown.stderr
     assert retried.returncode == 1
     assert "1 row of those ids asked for again" in retried.stdout
     assert here.images() == ["r2_0.png"]
@@ -39,7 +42,9 @@ def test_rows_paid_for_and_lost_are_bought_again_only_by_that_word(here: Here) -
         tasks = wiro.stats()["tasks"]
         left = here.batchrun("retry", "runs/p")
         assert left.returncode == 1
-        assert "1 row paid for whose images are lost are left" in left.stdout
+        assert "1 row paid for whose images are lost is left" in left.stdout
+        failed = here.folder / "runs/p/failed.csv"
+        assert not failed.exists(), "to run it from there would buy it again"
         assert wiro.stats()["tasks"] == tasks
         bought = here.batchrun("retry", "runs/p", "--regenerate-lost")
         assert bought.returncode == 0, bought.stdout
@@ -47,19 +52,20 @@ def test_rows_paid_for_and_lost_are_bought_again_only_by_that_word(here: Here) -
 
 
 def test_doubtful_rows_are_looked_up_once_more_and_submitted_by_the_users_word(here: Here) -> None:
-    with simulator("--fault", "run-reset-before*1", "--fault", "list-off=100%") as wiro:
+    with simulator("--fault", "run-reset-before*2", "--fault", "list-off=100%") as wiro:
         here = Here(here.folder, wiro)
-        first = here.run(here.rows(1))
+        first = here.run(here.rows(2))
         assert first.returncode == 1, first.stdout
         assert "in doubt" in first.stdout
         assert "batchrun retry runs/p --in-doubt" in first.stdout
-        assert here.status()["rows"]["in_doubt"] == 1
-        plain = here.batchrun("retry", "runs/p")
+        assert here.status()["rows"]["in_doubt"] == 2
+        plain = here.batchrun("retry", "runs/p", "--id", "r2")
         assert plain.returncode == 1
+        assert "row r2 is in doubt: --in-doubt looks it up once more\n" in plain.stdout
         assert wiro.stats()["tasks"] == 0
-        retried = here.batchrun("retry", "runs/p", "--in-doubt")
-        assert retried.returncode == 0, retried.stdout
+        retried = here.batchrun("retry", "runs/p", "--in-doubt", "--id", "r2")
         assert "1 row in doubt: looked up once more" in retried.stdout
+        assert here.images() == ["r2_0.png"]
         assert wiro.stats()["tasks"] == 1
 
 

@@ -93,6 +93,7 @@ def test_errors_of_the_manifest_are_all_found_before_anything_is_sent(alone: Her
         (("p.csv", "--concurrency", "99"), "--max-concurrency"),
         (("p.csv", "--set", "samples"), "--set"),
         (("p.csv", "--env-file", "no.env"), "no.env"),
+        (("p.csv", "--env-file", "no.env", "--simulate"), "no.env"),
         (("p.csv", "--extra", "some"), "--extra"),
         (("-",), "--format"),
         ((), "JOB"),
@@ -113,13 +114,19 @@ def test_without_keys_the_message_names_the_variable_and_the_rehearsal(alone: He
     assert ended.returncode == 2
     assert "WIRO_API_KEY" in ended.stderr
     assert "--simulate" in ended.stderr
+    # what is wrong with the manifest needs no keys to be told
+    alone.write("bad.csv", "id,prompt,steps\na,x,ten\n")
+    wrong = alone.run("bad.csv")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("bad.csv:2: steps: ")
+    assert "WIRO_API_KEY" not in wrong.stderr
 
 
 def test_a_refused_key_stops_the_run_with_3_and_shows_no_key(here: Here) -> None:
     ended = here.run(here.rows(2), "--log", "log.jsonl", env={"WIRO_API_SECRET": "very-wrong-secret"})
     assert ended.returncode == 3
     assert "stopped (" in ended.stdout
-    assert "to go on: run the same command again" in ended.stdout
+    assert "check WIRO_API_KEY and WIRO_API_SECRET" in ended.stdout
     everything = ended.stdout + ended.stderr + (here.folder / "log.jsonl").read_text()
     assert "very-wrong-secret" not in everything
     assert here.wiro is not None
@@ -137,7 +144,11 @@ def test_ctrl_c_stops_in_good_order_and_the_same_command_goes_on(here: Here) -> 
         assert going.returncode == 3, said
         assert "stopping: finishing downloads; again to leave at once\n" in said
         assert "stopped (by Ctrl-C): 0 of 6 rows done, 6 not finished\n" in said
-        assert said.endswith("to go on: run the same command again\n")
+        command = f"batchrun run p.csv --tool {TOOL} --set samples=1"
+        assert said.endswith(
+            "4 tasks go on at the service and will be billed: run again to fetch what they make, or end them "
+            f"with batchrun cancel runs/p\nto go on: {command}\n"
+        )
         assert wiro.stats()["tasks"] == 4
         wiro.weather(seconds=0.05)
         again = here.batchrun(*arguments)
@@ -193,11 +204,13 @@ def test_a_job_file_says_it_all_and_options_win_over_it(here: Here) -> None:
 
 
 def test_a_limit_runs_the_first_rows_only_and_says_so(here: Here) -> None:
-    ended = here.run(here.rows(5), "--limit", "2")
+    ended = here.run(here.rows(5, "my rows.csv"), "--limit", "2", "--out", "runs/p")
     assert ended.returncode == 0, ended.stdout
     assert here.images() == ["r1_0.png", "r2_0.png"]
-    assert "only the first 2 rows (--limit)" in ended.stdout
-    assert "to do the rest: run the same command without --limit" in ended.stdout
+    assert f"only the first 2 rows (--limit)\n  {TOOL}: 2 rows, 2 images, " in ended.stdout
+    rest = f"batchrun run 'my rows.csv' --tool {TOOL} --set samples=1 --out runs/p\n"
+    assert f"to do the rest: {rest}" in ended.stdout
+    assert here.batchrun("status", "runs/p").stdout.endswith(f"to go on: {rest}")
 
 
 def test_a_folder_of_another_manifest_is_refused(here: Here) -> None:
@@ -235,7 +248,11 @@ def test_skipping_rows_is_advised_only_where_it_would_help(alone: Here) -> None:
     keys = {"WIRO_API_KEY": "k", "WIRO_API_SECRET": "s"}
     alone.write("m.csv", "id,prompt\na,\nb,x\n")
     assert "(--skip-invalid runs the other rows)" in alone.run("m.csv", env=keys).stderr
-    assert "--skip-invalid" not in alone.run("nowhere.csv", env=keys).stderr
+    assert alone.run("nowhere.csv", env=keys).stderr.startswith("Error: nowhere.csv: cannot be read: ")
+    assert "--skip-invalid" not in alone.batchrun("run", "m.csv", "--tool", "none", env=keys).stderr
+    alone.write("twice.csv", "id,prompt\na,x\nb,\na,z\n")
+    refused = alone.run("twice.csv", "--skip-invalid", env=keys).stderr
+    assert '--skip-invalid cannot help with twice.csv:4: id: "a" is already the id of line 2' in refused
 
 
 def test_standard_input_is_called_by_its_name(alone: Here) -> None:
@@ -258,10 +275,13 @@ def test_a_rehearsal_needs_no_keys_and_its_folder_is_never_taken_for_a_real_run(
     ended = alone.run(alone.rows(1), "--simulate")
     assert ended.returncode == 0, ended.stderr
     assert "a rehearsal" in ended.stdout
+    assert " USD (made up: a rehearsal)\n" in ended.stdout
     assert alone.images() == ["r1_0.png"]
     real = alone.run("p.csv", env={"WIRO_API_KEY": "k"})
     assert real.returncode == 2
     assert "rehearsal" in real.stderr
+    assert "a rehearsal: its pictures and its cost are made up\n" in alone.batchrun("status", "runs/p").stdout
+    assert alone.status()["rehearsal"] is True
 
 
 def test_a_rehearsal_that_is_killed_goes_on_with_the_tasks_of_the_first_simulator(alone: Here) -> None:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from yarl import URL
 
 from batchrun.errors import (
     NotSent,
@@ -19,8 +24,9 @@ from batchrun.errors import (
     ServiceError,
 )
 from batchrun.settings import Credentials
-from batchrun.wiro.client import Deadlines, Wiro, is_public
+from batchrun.wiro.client import Deadlines, Wiro, _followed, is_public
 from tests.client import raw
+from tests.client.internet import PORT, PUBLIC, PUBLIC6
 from tests.client.raw import Handler, Raw, Request, answer, answering, sending, serving
 
 HASTY = Deadlines(connect_s=0.2, silence_s=0.2)
@@ -276,6 +282,14 @@ async def test_a_redirect_to_no_http_address_is_refused(target: str) -> None:
     assert isinstance(await refused(redirecting(target)), ProtocolError)
 
 
+def test_a_redirect_may_go_from_http_to_https_but_not_back() -> None:
+    plain, safe = URL("http://a.example/x"), URL("https://a.example/x")
+    assert _followed(plain, "https://b.example/y") == URL("https://b.example/y")
+    assert _followed(safe, "//b.example/y") == URL("https://b.example/y")
+    with pytest.raises(ProtocolError, match="unprotected"):
+        _followed(safe, "http://a.example/x")
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -328,6 +342,9 @@ async def test_the_real_service_leads_to_no_address_inside(host: str) -> None:
         ("::", False),
         ("fe80::1%eth0", False),
         ("fd00::1", False),
+        ("fec0::1", False),
+        ("64:ff9b:1::7f00:1", False),
+        ("2001:0:4136:e378:8000:63bf:80ff:fffe", False),
         ("::ffff:10.0.0.1", False),
         ("::ffff:1.1.1.1", True),
         ("64:ff9b::7f00:1", False),
@@ -339,3 +356,56 @@ async def test_the_real_service_leads_to_no_address_inside(host: str) -> None:
 )
 def test_public_addresses_are_told_from_inner_ones_in_every_dress(address: str, expected: bool) -> None:
     assert is_public(address) is expected
+
+
+#: An address → the public hosts that are asked; None after them: an address inside is met, and left alone.
+JOURNEYS: dict[str, list[str | None]] = {
+    "cdn.example/file": [PUBLIC],
+    "cdn6.example/file": [PUBLIC6],
+    "cdn.example/redirect/public": [PUBLIC, PUBLIC6],
+    "both.example/file": [PUBLIC],  # one name, an inner and a public address
+    "two.example/file": [None],
+    "loop.example/file": [None],
+    "loop6.example/file": [None],
+    "inner.example/file": [None],
+    "inner6.example/file": [None],
+    "metadata.example/file": [None],
+    "localhost/file": [None],
+    "2130706433/file": [None],  # 127.0.0.1 in other spellings
+    "0x7f000001/file": [None],
+    "127.1/file": [None],
+    "[fec0::1]/file": [None],
+    "[fd00::1]/file": [None],
+    "[::ffff:10.0.0.1]/file": [None],
+    "cdn.example/redirect/inner": [PUBLIC, None],
+    "cdn.example/redirect/loop": [PUBLIC, None],
+    "cdn.example/redirect/loop6": [PUBLIC, None],
+    "cdn.example/redirect/metadata": [PUBLIC, None],
+    "cdn.example/redirect/chain": [PUBLIC, PUBLIC6, None],
+    "cdn.example/redirect/long-chain": [PUBLIC, PUBLIC6, PUBLIC6, None],
+    "cdn.example/redirect/rebound": [PUBLIC, PUBLIC, None],
+}
+NAMESPACES = ("unshare", "--map-root-user", "--net", "--mount")
+
+
+@pytest.fixture(scope="module")
+def journeys() -> dict[str, tuple[str, list[str]]]:
+    """What came of fetching each address in an internet of our own, and the hosts that were reached."""
+    if shutil.which("ip") is None or subprocess.run([*NAMESPACES, "true"], capture_output=True).returncode:
+        pytest.skip("needs network namespaces")
+    urls = {f"http://{host}:{PORT}/{path}": name for name in JOURNEYS for host, path in [name.split("/", 1)]}
+    command = [*NAMESPACES, sys.executable, "-m", "tests.client.internet", *urls]
+    told = json.loads(subprocess.run(command, stdout=subprocess.PIPE, timeout=60, check=True).stdout)
+    return {urls[url]: came for url, came in told.items()}
+
+
+@pytest.mark.parametrize("name", JOURNEYS)
+def test_whatever_a_name_or_a_chain_of_redirects_leads_to_only_public_addresses_are_connected_to(
+    name: str, journeys: dict[str, tuple[str, list[str]]]
+) -> None:
+    came, reached = journeys[name]
+    assert reached == [host for host in JOURNEYS[name] if host is not None]
+    if None in JOURNEYS[name]:
+        assert "no public address" in came or "not valid" in came
+    else:
+        assert came == "whole"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -286,6 +287,16 @@ async def test_a_partial_file_deleted_from_outside_is_noticed_and_begun_again(pa
     assert saved.sha256 == hashlib.sha256(LARGE).hexdigest()
 
 
+async def test_a_partial_folder_deleted_while_a_file_grows_is_noticed_and_begun_again(partial):
+    cdn = Cdn(LARGE)
+    cdn.between = lambda: shutil.rmtree(partial.path.parent, ignore_errors=True)
+    assert await reason(cdn, partial, output()) == "vanished"
+    cdn.between = lambda: None
+    saved = await download(cdn.fetch, output(), partial, max_bytes=LIMIT)
+    assert partial.path.read_bytes() == LARGE
+    assert saved.sha256 == hashlib.sha256(LARGE).hexdigest()
+
+
 async def test_a_download_cancelled_at_any_moment_goes_on_afterwards(partial):
     cdn = Cdn(LARGE)
     for chunks in range(1, 30, 4):
@@ -370,6 +381,7 @@ async def test_an_image_saved_but_not_recorded_is_adopted_if_it_is_whole(partial
         (errno.EROFS, "read-only"),
         (errno.EACCES, "permission denied"),
         (errno.EMFILE, "too many open files"),
+        (errno.EXDEV, "lies on another disk"),
         (errno.ENOTDIR, "Not a directory"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -112,6 +113,9 @@ def test_a_result_line_tells_what_became_of_a_row():
         ("task_ids", ["1111", "2222"]),
         ("images", ["images/000/cat_0.png", "images/000/cat_1.png", "images/000/cat_2.png"]),
         ("cost_usd", "0.0100"),
+        ("cause", None),
+        ("row", ROW.seq),
+        ("key", ROW.content),
     ]
     failed = replace(ROW, state=State.FAILED, failure=Failure("refused", "no such scheduler"), outputs=())
     record = results_record(failed, [])
@@ -129,7 +133,21 @@ def test_a_key_keeps_its_type_while_all_tools_agree():
     kinds = Kinds()
     records = lines({"steps": 30, "scale": "7.5", "loras": []}, {"loras": ["61"]}, {"new": 1})
     assert not kinds.learn(records)
-    assert [kinds.fit(record) for record in records] == records
+    assert [kinds.fit(record) for record in records] == [{**record, "extra": None} for record in records]
+
+
+def test_extra_is_an_object_only_in_files_where_some_row_carries_something():
+    # Parquet has no object without keys, and Arrow reads no key that is null at first and an object later
+    kinds = Kinds()
+    plain, empty = lines({"steps": 30}, {"steps": 31})
+    empty["extra"] = {"note": None}
+    assert not kinds.learn([plain, empty])
+    assert [kinds.fit(record)["extra"] for record in (plain, empty)] == [None, None]
+    carrying = {**plain, "extra": {"note": "a"}}
+    assert kinds.learn([carrying]), "lines written before are to be written anew"
+    assert [kinds.fit(record)["extra"] for record in (plain, carrying)] == [{}, {"note": "a"}]
+    assert not kinds.learn([carrying])
+    assert not Kinds().learn([carrying]), "nothing was written before"
 
 
 def test_a_key_is_text_everywhere_once_tools_disagree():
@@ -281,6 +299,47 @@ def test_a_file_deleted_or_shortened_by_others_is_told_by_its_length(path):
     assert file.open_at(length) == 8
     path.unlink()
     assert file.open_at(length) == 0
+    file.close()
+
+
+@pytest.mark.parametrize("change", ["deleted", "replaced", "shortened", "extended", "folder deleted"])
+def test_what_others_do_to_an_open_file_is_noticed(path, change):
+    file = JsonLines(path)
+    assert not file.is_intact
+    file.open_at(0)
+    file.append([{"a": 1}])
+    assert file.is_intact
+    content = path.read_bytes()
+    if change == "shortened":
+        os.truncate(path, len(content) - 1)
+    elif change == "extended":
+        with path.open("ab") as other:
+            other.write(b"x")
+    else:
+        path.unlink()
+        path.write_bytes(content) if change == "replaced" else None
+        path.parent.rmdir() if change == "folder deleted" else None
+    assert not file.is_intact
+    file.rewrite([{"a": 1}])
+    assert file.is_intact
+    assert path.read_bytes() == content
+    file.close()
+
+
+def test_a_rewrite_that_fails_leaves_the_old_file_and_no_other(path):
+    file = JsonLines(path)
+    file.open_at(0)
+    file.append([{"a": 1}])
+
+    def records():
+        yield {"a": 2}
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(DiskError, match="the disk is full"):
+        file.rewrite(records())
+    assert list(path.parent.iterdir()) == [path]
+    assert read(path) == [{"a": 1}]
+    assert file.is_intact
     file.close()
 
 

@@ -36,6 +36,7 @@ from batchrun.rules.policy import (
 )
 from batchrun.rules.recovery import (
     CLOCK_TOLERANCE_S,
+    CLOCKS_APART_S,
     GRACE_S,
     SECOND_LOOK_S,
     Absent,
@@ -227,15 +228,22 @@ Echo = Mapping[str, Any]
 #: Echoes: as sent, as sent in other types, of other requests, of too little.
 SAME_ECHOES: list[Echo] = [
     {"prompt": "a cat", "steps": "20"},
-    {"prompt": "a cat", "steps": 20, "more": 1},
-    {"prompt": "a cat"},
+    {"prompt": " a cat ", "steps": 20.0},
 ]
 OTHER_ECHOES: list[Echo] = [
     {"prompt": "a dog", "steps": "20"},
-    {"prompt": "a cat", "steps": "21"},
-    {"steps": "21"},
+    {"prompt": "a dog", "steps": "21"},
+    {"prompt": "a dog"},
 ]
-SHORT_ECHOES: list[Echo | None] = [None, {}, {"steps": "20"}, {"unrelated": "x"}]
+SHORT_ECHOES: list[Echo | None] = [
+    None,
+    {},
+    {"steps": "20"},
+    {"unrelated": "x"},
+    {"prompt": "a cat"},
+    {"prompt": "a cat", "steps": 20, "more": 1},
+    {"prompt": "a cat", "steps": "21"},
+]
 
 
 @dataclass(frozen=True)
@@ -265,13 +273,15 @@ def worlds(draw: st.DrawFn) -> tuple[Doubt, Listing, list[Seen]]:
             )
         )
         numbered = draw(st.integers(0, 9)) > 0
-        created_at = draw(st.none() | st.integers(490, 510))
+        created_at = draw(st.none() | st.integers(190, 210) | st.integers(490, 510))
+        is_older: bool | None = None
         if after_task is not None and numbered:
-            is_older: bool | None = number <= after_task
+            is_older = number <= after_task
         elif intent_at is not None and created_at is not None:
-            is_older = created_at + CLOCK_TOLERANCE_S < intent_at
-        else:
-            is_older = None
+            if created_at + CLOCKS_APART_S < intent_at:
+                is_older = True
+            elif created_at + CLOCK_TOLERANCE_S >= intent_at:
+                is_older = False
         task = Task(str(number) if numbered else f"t-{number}", parameters=parameters, created_at=created_at)
         seen.append(Seen(task, draw(st.integers(0, 2)) == 0, is_older, echo))
     listing = Listing(

@@ -6,12 +6,13 @@ import json
 from contextlib import suppress
 from typing import Any
 
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from batchrun.errors import ServiceError
 from batchrun.model import Task
 from batchrun.wiro import wire
+from tests.support.hostile import ANSWERS, TASK, VALUES, changed, encoded, places
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("task_end") | st.just("0"),
@@ -111,3 +112,62 @@ def test_header_readers_take_any_text(text: str) -> None:
 def test_the_documented_limit_message_gives_its_number(limit: int) -> None:
     if limit < 10**6:
         assert wire.limit_of(f"balance of $50.00, you can run up to {limit} tasks at the same time.") == limit
+
+
+# --- real answers, changed field by field ---
+
+
+@st.composite
+def changed_answers(draw: st.DrawFn) -> bytes:
+    """An answer of the service with one to three places changed."""
+    answer = draw(st.sampled_from(list(ANSWERS.values())))
+    for _ in range(draw(st.integers(1, 3))):
+        place = draw(st.sampled_from(list(places(answer))))
+        answer = changed(answer, place, draw(st.sampled_from(VALUES) | json_values))
+    return encoded(answer)
+
+
+@given(statuses, changed_answers())
+@settings(max_examples=200, deadline=None)
+def test_a_real_answer_with_any_field_changed_is_read_or_refused(status: int, body: bytes) -> None:
+    with suppress(ServiceError):
+        accepted = wire.read_accepted(status, body)
+        assert str(int(accepted.task_id)) == accepted.task_id
+        accepted.token.encode()
+    with suppress(ServiceError):
+        answer = wire.read_answer(status, body)
+        with suppress(ServiceError):
+            for task in wire.read_tasks(answer, whole=True):
+                storable(task)
+        with suppress(ServiceError):
+            assert wire.read_upload(answer).startswith("http")
+        with suppress(ServiceError):
+            for price in wire.read_tool(answer).prices:
+                assert price.price_usd.is_finite()
+                assert price.price_usd >= 0
+
+
+#: Task field → the attribute that is read from it.
+READ_FROM = {
+    "parameters": "parameters", "debugerror": "debug_error", "starttime": "started_at", "endtime": "ended_at",
+    "elapsedseconds": "elapsed_s", "status": "status", "totalcost": "cost_usd", "modelid": "model_id",
+    "createtime": "created_at", "pexit": "pexit", "outputs": "outputs", "socketaccesstoken": "token",
+}  # fmt: skip
+
+
+@given(st.sampled_from(sorted(set(TASK) - {"id"})), st.sampled_from(VALUES) | json_values)
+@settings(deadline=None)
+def test_nonsense_in_one_field_of_a_task_costs_that_field_alone(name: str, value: Any) -> None:
+    whole = wire.read_task(TASK)
+    read = wire.read_task({**TASK, name: value})
+    storable(read)
+    differing = {each for each in Task.__dataclass_fields__ if getattr(read, each) != getattr(whole, each)}
+    assert differing <= {READ_FROM.get(name)}
+
+
+@given(st.sampled_from(VALUES) | json_values)
+@settings(deadline=None)
+def test_a_task_id_is_a_number_of_the_service_or_none(value: Any) -> None:
+    """A forged one never comes near a path, an address or a database as anything but digits."""
+    with suppress(ServiceError):
+        assert wire.read_task({**TASK, "id": value}).id.isdecimal()

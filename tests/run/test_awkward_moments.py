@@ -97,6 +97,54 @@ async def test_the_task_of_another_tool_is_no_doubtful_row_s_task(tmp_path):
         check_complete(sim, tmp_path / "run", 4)
 
 
+async def test_of_two_tools_with_one_prompt_nothing_is_known_yet_and_each_row_finds_its_own(tmp_path, hasty):
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("id,tool,prompt\na,text-to-image-sd-lora,a cat\nb,Retro-Cartoons,a cat\n")
+    same = {"negativePrompt": "ugly", "steps": 20, "scale": "7", "width": 512, "height": 512, "seed": "1"}
+    job = job_of(manifest, tool=None, set={**same, "samples": 1}, concurrency=2)
+    async with Simulator(seconds=0.1, faults=["run-reset@2", "run-reset-before@1"]) as sim:
+        assert (await run_job(sim, job)).exit_code == 0
+        tools = {str(task.id): task.tool.slug for task in sim.tasks}
+        records = lines_of(tmp_path / "run" / "images" / "metadata.jsonl")
+        assert all(tools[record["task_id"]] == record["tool"] for record in records)
+        check_complete(sim, tmp_path / "run", 2)
+
+
+async def test_prompts_that_differ_only_as_texts_are_two_prompts(tmp_path, hasty):
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("id,prompt\na,7\nb,7.0\n")
+    async with Simulator(
+        seconds=0.2, latency_s=0.2, stall_s=2, faults=["run-reset-before@1", "run-stall@2"]
+    ) as sim:
+        assert (await run_job(sim, job_of(manifest, concurrency=2))).exit_code == 0
+        assert sorted(task.parameters["prompt"] for task in sim.tasks) == ["7", "7.0"]
+
+
+async def test_a_doubt_is_looked_up_by_what_was_sent_though_settings_have_changed(tmp_path, hasty):
+    manifest = tmp_path / "m.csv"
+    manifest.write_text(
+        "id,prompt,selectedLoraModel,Emotion-Happy-Slider-v1.0\nr1,a cat,,\nr2,a dog,62,5\nr3,a fox,62,5\n"
+    )
+    job = job_of(manifest, tool="text-to-image-sd-lora", concurrency=1)
+    async with Simulator(seconds=0.2, faults=["run-reset@2"]) as sim:
+        runner = Runner(job, credentials_of(sim))
+
+        def leave(event: Event) -> None:
+            if event.fact is Fact.DOUBT:
+                runner.abort()
+
+        runner.progress.listen(leave)
+        await runner.run()
+        assert (await run_job(sim, job.with_overrides(lora_scale="parameter"))).exit_code == 0
+        told = {
+            record["id"]: record["prompt"]
+            for record in lines_of(tmp_path / "run" / "images" / "metadata.jsonl")
+        }
+        assert told["r2"] == "a dog <lora:Emotion-Happy-Slider-v1.0:5>"  # as it was sent
+        assert told["r3"] == "a fox"  # planned before, sent after the change
+        check_complete(sim, tmp_path / "run", 3)
+
+
 # --- stopping ---------------------------------------------------------------------------------------------
 
 
@@ -150,14 +198,47 @@ async def test_what_was_bought_is_fetched_while_the_newest_task_is_still_asked_f
         check_complete(sim, tmp_path / "run", 3)
 
 
+async def test_a_cancel_submits_nothing_though_tasks_have_failed_meanwhile(tmp_path):
+    job = job_of(write_rows(tmp_path / "m.csv", 4))
+    async with Simulator(seconds=0.3, faults=["task-fails"]) as sim:
+        runner = Runner(job, credentials_of(sim))
+
+        def leave(event: Event) -> None:
+            if event.fact is Fact.IN_FLIGHT and len(sim.tasks) == 4:
+                runner.abort()
+
+        runner.progress.listen(leave)
+        await runner.run()
+        while sim.active:
+            await anyio.sleep(0.05)
+        sim.faults = []
+        outcome = await run_job(sim, job, again=Again(states=(), cancel=True))
+        assert len(sim.tasks) == 4
+        assert outcome.counts.by_state == {State.PLANNED: 4}
+
+
+async def test_a_task_that_may_recover_is_ended_before_another_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("batchrun.rules.policy.ERROR_PATIENCE_S", 1.0)
+    async with Simulator(seconds=12, faults=["task-error-passing@1"]) as sim:
+        runner = Runner(job_of(write_rows(tmp_path / "m.csv", 1)), credentials_of(sim))
+
+        def hurry(event: Event) -> None:
+            if event.fact is Fact.ATTEMPT_FAILED:
+                sim.set_seconds(0.1)
+
+        runner.progress.listen(hurry)
+        assert (await runner.run()).exit_code == 0
+        assert [task.stopped for task in sim.tasks] == [True, False]
+
+
 # --- saving -------------------------------------------------------------------------------------------------
 
 
 async def test_a_file_in_the_way_of_one_image_fails_that_row_alone(tmp_path):
     job = job_of(write_rows(tmp_path / "m.csv", 4))
-    (tmp_path / "run" / "images" / "000").mkdir(parents=True)
-    (tmp_path / "run" / "images" / "000" / "r2_0.png").write_bytes(draw("PNG", size=(3, 3)))
     async with Simulator(seconds=0.1) as sim:
+        await run_job(sim, job.with_overrides(limit=1))
+        (tmp_path / "run" / "images" / "000" / "r2_0.png").write_bytes(draw("PNG", size=(3, 3)))
         outcome = await run_job(sim, job)
         assert outcome.counts.by_state == {State.DONE: 3, State.FAILED: 1}
         [(_, failure, *_)] = outcome.failures

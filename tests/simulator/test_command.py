@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -83,3 +84,13 @@ def test_importing_the_command_loads_neither_aiohttp_nor_pil() -> None:
     program = "import sys, batchrun.simulator.command; print({'aiohttp', 'PIL', 'anyio'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_port_that_is_taken_is_a_wrong_argument_in_clear_words() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ended = CliRunner().invoke(simulate, ["--port", str(port)])
+    assert ended.exit_code == 2
+    assert f"--port {port} cannot be had: another program serves there; choose another one" in ended.output

@@ -604,6 +604,30 @@ def test_a_row_without_a_tool_or_of_none_that_is_known_says_so(plans: Plans) -> 
     assert told == 'jsonl:1: tool: must be text, not "7.5"'
 
 
+# --- a row's own value and an expansion ------------------------------------------------------------------
+
+
+def test_a_row_s_own_value_wins_over_the_expansion_and_is_not_expanded_along_it(plans: Plans) -> None:
+    settings = {"expand": {"seed": "1..3", "steps": [20, 30]}}
+    plans.take(csv("id,prompt,seed", "a,x,7", "b,y,"), **settings)
+    assert [row.id for row in plans.rows()] == ["a.1", "a.2", *(f"b.{n}" for n in range(1, 7))]
+    given = [(str(row.given["seed"]), row.given["steps"]) for row in plans.rows()]
+    assert given[:3] == [("7", 20), ("7", 30), ("1", 20)]
+    (hint,) = [hint for hint in plans.hints if "--expand" in hint.message and "own" in hint.message]
+    assert str(hint).endswith(
+        "list.csv: seed: 1 row has a value of its own, which wins over --expand seed: not expanded along it"
+    )
+    # so rows written back with the values of their expansion are not expanded again
+    again = [",".join(str(cell) for cell in source.values()) for source in plans.sources()[:2]]
+    merged = plans.take(csv(",".join(plans.sources()[0]), *again), **settings)
+    assert (merged.rows, merged.new) == (2, 0)
+
+
+def test_a_wrong_value_of_the_row_s_own_is_shown_as_its_own(plans: Plans) -> None:
+    (told,) = plans.refuse(csv("prompt,seed", "x,many"), expand={"seed": "1..3"})
+    assert told.startswith("csv:2: seed: ")
+
+
 # --- errors at their place ------------------------------------------------------------------------------
 
 
@@ -638,6 +662,10 @@ def test_an_error_of_an_axis_is_shown_as_the_axis_s(plans: Plans) -> None:
         ({"expand": {"stps": "1..3"}}, "--expand stps: no tool of the manifest has this parameter"),
         ({"map": {"promt": "prompt"}}, "--map promt: no tool of the manifest has this parameter"),
         ({"map": {"prompt": "caption"}}, '--map prompt=caption: the manifest has no column "caption"'),
+        (
+            {"map": {"negativePrompt": "Prompt"}},
+            '--map negativePrompt=Prompt: the manifest has no column "Prompt"; did you mean prompt? (upper',
+        ),
         ({"expand": {"tool": ["instant-id"]}}, "--expand tool: no tool of the manifest has this parameter"),
     ],
 )
@@ -646,6 +674,17 @@ def test_a_setting_that_means_nothing_is_an_error(plans: Plans, settings: dict[s
     assert any(line.removeprefix("csv: ").startswith(told) for line in lines), lines
     # rows may be skipped, settings may not
     assert plans.read(csv("prompt", "x"), skip_invalid=True, **settings) is None
+
+
+def test_a_column_that_differs_in_case_alone_is_told_so(plans: Plans) -> None:
+    told = plans.refuse(csv("ID,Prompt", "a,x"))
+    assert any(
+        "ID: is no parameter of Retro-Cartoons; did you mean id? (upper and lower case" in line
+        for line in told
+    )
+    assert any("; did you mean prompt? (upper and lower case matter)" in line for line in told)
+    plans.take(csv("ID,prompt", "a,x"), extra="keep")
+    assert any("ID: is not id, since upper and lower case matter" in str(hint) for hint in plans.hints)
 
 
 def test_all_errors_of_the_whole_manifest_are_found_at_once_and_nothing_is_planned(plans: Plans) -> None:

@@ -180,6 +180,9 @@ async def test_a_doubt_held_for_the_user_is_told_and_looked_up_again_by_the_next
     assert [item.row.state for item in await store.settled_after(0, limit=9)] == [State.IN_DOUBT]
     (row,) = await claimed(store, State.IN_DOUBT)
     assert row.attempt is not None
+    # it is told as in doubt while it is looked up, and only then not any more
+    assert [item.row.state for item in await store.settled_after(0, limit=9)] == [State.IN_DOUBT]
+    await store.record_accepted(1, Accepted("7", ""), at=2.0, adopted=True)
     assert await store.settled_after(0, limit=9) == []
     store.close()
 
@@ -419,18 +422,25 @@ async def test_images_of_a_rerun_replace_the_old_ones_when_all_are_there(path: P
 # --- what is told ---------------------------------------------------------------------------------------
 
 
-async def test_failures_are_grouped_by_cause_the_largest_first(path: Path) -> None:
-    store = await planned(path, 10)
+async def test_failures_are_grouped_by_cause_and_by_message_while_there_are_few_the_largest_first(
+    path: Path,
+) -> None:
+    store = await planned(path, 12)
     await claimed(store)
-    for seq in (2, 5, 7):
-        await store.record_rejected(seq, Failure("rejected", f"row {seq}"))
+    for seq, message in ((2, "too wide"), (5, "too dark"), (7, "too wide")):
+        await store.record_rejected(seq, Failure("rejected", message))
     await store.record_rejected(9, Failure("task failed", "boom"))
     await to_cancelled(store, 10)
     assert await store.failures() == [
-        (State.FAILED, Failure("rejected", "row 2"), 3, 2),
+        (State.FAILED, Failure("rejected", "too wide"), 2, 2),
         (State.CANCELLED, Failure("cancelled", "cancelled by the user"), 1, 10),
+        (State.FAILED, Failure("rejected", "too dark"), 1, 5),
         (State.FAILED, Failure("task failed", "boom"), 1, 9),
     ]
+    for seq in (3, 1):  # with more messages, that of the first row, and a word that there are others
+        await store.record_rejected(seq, Failure("rejected", f"row {seq}"))
+    told = "row 1; and other errors; see results.jsonl"
+    assert (await store.failures())[0] == (State.FAILED, Failure("rejected", told), 5, 1)
     assert len(await store.failures(limit=2)) == 2
     reader = connect(path, read_only=True)
     assert read_failures(reader, 20) == await store.failures()
@@ -453,6 +463,13 @@ async def test_rows_that_did_not_make_it_are_given_back_as_the_manifest_had_them
         (3, {"prompt": "picture 3"}),
     ]
     assert [row.seq for row in await store.rejected_rows(after_seq=3, limit=2)] == [5]
+    await to_submitting(store, 4)
+    await store.record_accepted(4, Accepted("1004", "t"), at=11.0)
+    row = await store.row(4)
+    await store.record_finished(4, ended(row), at=12.0)
+    await store.record_lost(4, Failure("images gone", "HTTP 410"))
+    paid_for = await store.rejected_rows(after_seq=3, limit=2)
+    assert [row.seq for row in paid_for] == [5], "to run it from a file would buy it again"
     store.close()
 
 

@@ -178,8 +178,6 @@ class StoreMachine(RuleBasedStateMachine):
         ][:limit]
         for seq in expected:
             self.rows[seq].claimed = True
-            if state is S.IN_DOUBT:
-                self.rows[seq].held = False
         claimed = self.do(self.store.claim(state, limit=limit))
         assert [row.seq for row in claimed] == expected
         for row in claimed:
@@ -263,7 +261,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert row.attempt.number == known.attempts + 1
 
     def accept(self, seq: int, known: Known, *, adopted: bool = False) -> None:
-        known.task, known.state, known.cause = self.new_task(), S.IN_FLIGHT, None
+        known.task, known.state, known.cause, known.held = self.new_task(), S.IN_FLIGHT, None, False
         accepted = Accepted(known.task, "t")
         self.check(seq, self.do(self.store.record_accepted(seq, accepted, at=1.0, adopted=adopted)))
 

@@ -83,7 +83,7 @@ def test_a_state_of_a_newer_batchrun_is_refused_untouched(path: Path) -> None:
 
 def test_what_is_no_database_is_refused_and_the_user_told_what_to_do(path: Path) -> None:
     path.write_bytes(b"\x89PNG not a database" * 100)
-    with pytest.raises(StoreDamaged, match=r"state\.sqlite3 is damaged .* Put back a copy of it"):
+    with pytest.raises(StoreDamaged, match=r"state\.sqlite3 is damaged .* batchrun repair"):
         Store.open(path)
 
 

@@ -25,9 +25,11 @@ class Account:
         self.pages = 0
         #: Raised instead of an answer.
         self.trouble: Callable[[], Exception] | None = None
+        #: Whether known tasks show something else than was sent.
+        self.garbles = False
 
     def add(self, number: int, **parameters: str) -> Task:
-        task = Task(str(number), parameters=parameters)
+        task = Task(str(number), parameters={"steps": 20, **parameters})
         self.tasks[task.id] = task
         return task
 
@@ -47,10 +49,13 @@ class Account:
     async def knows_tasks(self) -> bool:
         return bool(self.known)
 
+    async def is_true_echo(self, task: Task) -> bool:
+        return not self.garbles
+
 
 @asynccontextmanager
 async def settling(account: Account) -> AsyncIterator[Doubts]:
-    doubts = Doubts(account, account.known_tasks, account.knows_tasks)
+    doubts = Doubts(account, account.known_tasks, account.knows_tasks, account.is_true_echo)
     async with anyio.create_task_group() as group:
         group.start_soon(doubts.run)
         yield doubts
@@ -99,6 +104,27 @@ async def test_with_a_known_task_in_the_list_absence_is_certain_after_the_grace(
         begun_at = anyio.current_time()
         assert await doubts.settle(lost(), lost_at=begun_at, busy=never) == Absent()
         assert GRACE_S <= anyio.current_time() - begun_at <= GRACE_S + BETWEEN_S + 1
+
+
+@virtual_time
+async def test_a_list_that_shows_known_tasks_other_than_they_were_sent_proves_no_absence() -> None:
+    account = Account(9, 10, known=[9])
+    account.garbles = True
+    async with settling(account) as doubts:
+        answer = await doubts.settle(lost(), lost_at=anyio.current_time(), busy=never)
+        assert answer == Hold("the service does not echo the parameters of tasks as they were sent")
+
+
+@virtual_time
+async def test_a_list_in_short_pages_is_read_on_where_it_broke_off() -> None:
+    class Short(Account):
+        async def list_tasks(self, *, start: int = 0, limit: int = 100) -> list[Task]:
+            return (await super().list_tasks(start=start, limit=limit))[:2]
+
+    account = Short(9, 10, *range(12, 20), known=[9])
+    task = account.add(11, prompt="a cat")
+    async with settling(account) as doubts:
+        assert await doubts.settle(lost(), lost_at=anyio.current_time(), busy=never) == Adopt(task)
 
 
 @virtual_time
@@ -321,9 +347,12 @@ async def test_a_doubt_that_nobody_waits_for_any_more_is_not_read_for() -> None:
 @virtual_time
 async def test_the_newest_task_is_the_highest_number_the_list_shows() -> None:
     account = Account(9, 10)
-    doubts = Doubts(account, account.known_tasks, account.knows_tasks)
+    doubts = Doubts(account, account.known_tasks, account.knows_tasks, account.is_true_echo)
     assert await doubts.newest_task() == 10
-    assert await Doubts(Account(), account.known_tasks, account.knows_tasks).newest_task() is None
+    assert (
+        await Doubts(Account(), account.known_tasks, account.knows_tasks, account.is_true_echo).newest_task()
+        == 0
+    )
     account.trouble = lambda: errors.ServerFault("502")
     assert await doubts.newest_task() is None
     account.trouble = lambda: errors.CredentialsRefused("bad key")
@@ -338,4 +367,7 @@ async def test_ids_that_are_no_numbers_of_ours_do_not_count_as_newest() -> None:
             return [Task("9" * 5000), Task("x"), Task("12")]
 
     account = Forged()
-    assert await Doubts(account, account.known_tasks, account.knows_tasks).newest_task() == 12
+    assert (
+        await Doubts(account, account.known_tasks, account.knows_tasks, account.is_true_echo).newest_task()
+        == 12
+    )

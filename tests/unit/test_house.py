@@ -27,6 +27,7 @@ ALLOWED = {
     "plan": RULES | {"tools", "manifest", "outputs", "store"},
     "dispatch": RULES | {"tools", "manifest", "outputs", "store"},
     "runner": RULES | {"tools", "manifest", "outputs", "store", "plan", "dispatch", "wiro"},
+    "repair": RULES | {"tools", "manifest", "outputs", "store", "plan"},
     "simulator": {"model", "errors", "tools", "__init__"},
 }
 

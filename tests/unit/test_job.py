@@ -240,3 +240,11 @@ def test_wrong_assignments_say_what_to_write(texts: list[str], told: str) -> Non
     with pytest.raises(UsageError, match="--set: ") as caught:
         parse_assignments(texts, "--set")
     assert told in str(caught.value)
+
+
+def test_a_text_without_quotes_is_told_to_be_put_in_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text("# mine\nmanifest = grid.csv  # rows\n")
+    told = r'job\.toml:2: not TOML.*; put text in quotes: manifest = "grid\.csv"$'
+    with pytest.raises(JobError, match=told):
+        load_job(path)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.dispatch.limits import FIRST_LIMIT, OUTAGE, PROBE_S, Gate, Slot, Slots
+from batchrun.dispatch.limits import FIRST_LIMIT, PROBE_S, Gate, Slot, Slots
 from batchrun.rules.policy import BALANCE, MAX_ASKED_S, RATE_LIMITED, UNREACHABLE
 from tests.support.clock import run_with_virtual_time, virtual_time
 
@@ -353,15 +353,11 @@ async def test_while_the_service_is_well_everybody_passes_at_once() -> None:
 
 
 @virtual_time
-async def test_a_lost_connection_is_bad_luck_and_several_in_a_row_are_an_outage() -> None:
+async def test_trouble_that_may_be_a_row_s_own_shuts_nothing_and_an_outage_does() -> None:
     gate = gate_of()
-    for _ in range(5):
-        for _ in range(OUTAGE - 1):
-            gate.trouble(UNREACHABLE, probe=False)
-        assert gate.reason is None
-        gate.open()
-    for _ in range(OUTAGE):
-        gate.trouble(UNREACHABLE, probe=False)
+    gate.trouble(UNREACHABLE, probe=False, is_outage=False)
+    assert gate.reason is None
+    gate.trouble(UNREACHABLE, probe=False, is_outage=True)
     assert gate.reason == UNREACHABLE
 
 

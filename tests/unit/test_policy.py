@@ -119,7 +119,7 @@ ENDED = Task("1", status="task_postprocess_end")
         (replace(ENDED, cost_usd=Decimal("0.004"), outputs=(TEXT,)), OUTPUTS_PATIENCE_S, PaidButEmpty),
         # or it was not
         (replace(ENDED, pexit="0", cost_usd=Decimal(0)), OUTPUTS_PATIENCE_S, TaskFailed),
-        (ENDED, OUTPUTS_PATIENCE_S, TaskFailed),
+        (ENDED, OUTPUTS_PATIENCE_S, PaidButEmpty),  # a bill that is not told is not none
         # cancelled at the service
         (Task("1", status="task_cancel"), 0.0, TaskFailed),
         # task_error is a log line until time or the task's own facts confirm it

@@ -147,7 +147,7 @@ def test_a_header_without_rows_is_an_error() -> None:
         (",,", "1: the header names no column"),
         (
             "\n\nprompt;seed",
-            """3: the header is one single column, 'prompt;seed'; if ";" parts its cells write""",
+            """3: the header is one single column, "prompt;seed"; if ";" parts its cells write""",
         ),
         ("prompt\tseed", 'write --delimiter "tab", else --delimiter ","'),
     ],
@@ -237,7 +237,7 @@ def test_a_row_beyond_the_limit_is_told_and_not_held(form: str) -> None:
     packed = gzip.compress(begin + b"x" * 100_000_000, compresslevel=1)
     line = begin.count(b"\n") + 1
     assert fatal(packed, form, max_row_bytes=1_000_000) == (
-        f"m:{line}: the row is longer than 1,000,000 bytes; shorten it, or raise max_row_bytes in a job file"
+        f"m:{line}: the row is longer than 1,000,000 bytes; shorten it, or allow it with --max-row-bytes N"
     )
 
 
@@ -443,9 +443,9 @@ def test_the_name_tells_the_format(tmp_path: Path, name: str, form: str) -> None
     ("name", "options", "told"),
     [
         (
-            "a.xlsx",
+            "a.docx",
             {},
-            'the ending ".xlsx" does not tell the format; write --format with one of csv, tsv, jsonl, json',
+            'the ending ".docx" does not tell the format; write --format with one of csv, tsv, jsonl, json',
         ),
         ("a", {}, "a name without ending"),
         ("a.gz", {}, "a name without ending"),
@@ -534,3 +534,39 @@ def test_without_rows_or_on_an_error_there_is_no_new_file(tmp_path: Path) -> Non
     with RowWriter(path, format="csv", columns=["a"]):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_nothing_but_one_line_packs_well_and_is_read() -> None:
+    """What is small is never suspected, and what is large only when it unpacks to what no manifest does."""
+    small = gzip.compress(b"a\n" + b"x\n" * 1_500_000)
+    assert len(small) * 200 < 3_000_000
+    with open_manifest(io.BytesIO(small), format="csv") as manifest:
+        assert sum(1 for _ in manifest.rows()) == 1_500_000
+        assert manifest.complete
+
+
+def test_names_of_columns_are_shown_on_one_line_and_cut() -> None:
+    assert fatal(f'"{"n" * 500}\nn","{"n" * 500}\nn"\nx,y\n') == (
+        f'm:1: "{"n" * 55}..." names both column 1 and column 2; rename one of them'
+    )
+    assert "column 2 has a name of 1,001 characters" in fatal(f"a,{'n' * 1001}\nx,y\n")
+    assert told(f'{{"{"k" * 1001}": 1}}\n{{"a": 1}}\n', "jsonl")[0].startswith(
+        "m:1: a key has 1,001 characters"
+    )
+
+
+def test_a_spreadsheet_is_told_how_it_becomes_a_manifest(tmp_path: Path) -> None:
+    path = tmp_path / "rows.xlsx"
+    path.write_bytes(b"PK\x03\x04")
+    with pytest.raises(UsageError, match="export it as CSV UTF-8"):
+        open_manifest(path)
+
+
+def test_a_byte_order_mark_is_seen_and_written_back(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    with RowWriter(path, format="csv", columns=["a"], bom=True) as writer:
+        writer.write({"a": "1"})
+    assert path.read_bytes() == b"\xef\xbb\xbfa\n1\n"
+    with open_manifest(path) as manifest:
+        assert [row.cells for row in manifest.rows() if isinstance(row, SourceRow)] == [{"a": "1"}]
+        assert manifest.has_bom

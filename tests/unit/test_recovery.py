@@ -129,6 +129,7 @@ def test_task_ids_are_numbers_when_they_can_be(task_id: str, number: int | None)
 
 BODY: dict[str, Value] = {"prompt": "a cat", "steps": 20, "seed": "5"}
 DOUBT = Doubt(BODY, ["prompt"], after_task=100, intent_server_at=1000.0)
+KNOWN = replace(DOUBT, model_id="7")
 MINE = Task("101", parameters={"prompt": "a cat", "steps": "20", "seed": "5"}, created_at=1001)
 
 
@@ -142,9 +143,15 @@ MINE = Task("101", parameters={"prompt": "a cat", "steps": "20", "seed": "5"}, c
         # ids rule over times: clocks may differ
         (DOUBT, replace(MINE, id="101", created_at=1), False),
         # by the service's own times, with 2 s of tolerance
-        (replace(DOUBT, after_task=None), replace(MINE, created_at=997), True),
+        (replace(DOUBT, after_task=None), replace(MINE, created_at=699), True),
         (replace(DOUBT, after_task=None), replace(MINE, created_at=998), False),
-        (DOUBT, replace(MINE, id="abc", created_at=997), True),
+        (DOUBT, replace(MINE, id="abc", created_at=699), True),
+        # clocks that are further apart than that tell nothing
+        (replace(DOUBT, after_task=None), replace(MINE, created_at=997), False),
+        # an empty listing knew no older task, unless it erred
+        (replace(DOUBT, after_task=0), replace(MINE, created_at=997), False),
+        (replace(DOUBT, after_task=0), replace(MINE, created_at=None), False),
+        (replace(DOUBT, after_task=0), replace(MINE, created_at=699), True),
         # unknown is not older
         (replace(DOUBT, after_task=None), replace(MINE, created_at=None), False),
         (replace(DOUBT, after_task=None, intent_server_at=None), replace(MINE, created_at=1), False),
@@ -158,22 +165,34 @@ def test_what_existed_before_the_intent(doubt: Doubt, task: Task, older: bool) -
     ("doubt", "task", "match"),
     [
         (DOUBT, MINE, Match.SAME),
+        # other names may be another tool's, while it is not known which tool's task it is
+        (DOUBT, replace(MINE, parameters={**MINE.parameters, "more": "9"}), Match.UNKNOWABLE),  # type: ignore[dict-item]
+        (DOUBT, replace(MINE, parameters={"prompt": "a cat"}), Match.UNKNOWABLE),
+        (DOUBT, replace(MINE, parameters={"prompt": "a dog", "more": "9"}), Match.OTHER),
         # extra echoed keys say nothing
-        (DOUBT, replace(MINE, parameters={**MINE.parameters, "projectid": "9"}), Match.SAME),  # type: ignore[dict-item]
+        (KNOWN, replace(MINE, model_id="7", parameters={**MINE.parameters, "more": "9"}), Match.SAME),  # type: ignore[dict-item]
         # defaults may be left out of the echo, what the row gives may not
-        (DOUBT, replace(MINE, parameters={"prompt": "a cat"}), Match.SAME),
+        (KNOWN, replace(MINE, model_id="7", parameters={"prompt": "a cat"}), Match.SAME),
+        (KNOWN, replace(MINE, model_id="7", parameters={"steps": 20}), Match.UNKNOWABLE),
         (DOUBT, replace(MINE, parameters={"steps": 20}), Match.UNKNOWABLE),
         (DOUBT, replace(MINE, parameters={}), Match.UNKNOWABLE),
         (DOUBT, replace(MINE, parameters=None), Match.UNKNOWABLE),
-        # one echoed value differs
-        (DOUBT, replace(MINE, parameters={"prompt": "a cat", "seed": "6"}), Match.OTHER),
+        # what the row gives differs
         (DOUBT, replace(MINE, parameters={"prompt": "a dog"}), Match.OTHER),
+        (
+            replace(DOUBT, body={"prompt": "7"}, texts=["prompt"]),
+            replace(MINE, parameters={"prompt": "7.0"}),
+            Match.OTHER,
+        ),
+        # a default or an address may come back in the service's own words
+        (DOUBT, replace(MINE, parameters={"prompt": "a cat", "steps": 20, "seed": "6"}), Match.UNKNOWABLE),
+        (replace(DOUBT, images=["prompt"]), replace(MINE, parameters={"prompt": "a dog"}), Match.UNKNOWABLE),
         # before the intent, whatever it asks for
         (DOUBT, replace(MINE, id="100"), Match.OLDER),
         # another tool, when both are known
-        (replace(DOUBT, model_id="7"), replace(MINE, model_id="8"), Match.OTHER),
-        (replace(DOUBT, model_id="7"), replace(MINE, model_id="7"), Match.SAME),
-        (replace(DOUBT, model_id="7"), MINE, Match.SAME),
+        (KNOWN, replace(MINE, model_id="8"), Match.OTHER),
+        (KNOWN, replace(MINE, model_id="7"), Match.SAME),
+        (KNOWN, MINE, Match.SAME),
         # of unknown age: it may be last week's
         (replace(DOUBT, after_task=None, intent_server_at=None), MINE, Match.UNKNOWABLE),
         (replace(DOUBT, after_task=None), replace(MINE, created_at=None), Match.UNKNOWABLE),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from decimal import Decimal
 from pathlib import Path
 
@@ -12,15 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun.errors import UsageError
+from batchrun.manifest.job import job_for
 from batchrun.model import Counts, Failure, Problem, Row, State
 from batchrun.plan.prices import Estimate
 from batchrun.plan.reading import Findings
 from batchrun.progress import Event, Fact, Progress
 from batchrun.report import opening
-from batchrun.report.lines import line
+from batchrun.report.lines import Lines, line
 from batchrun.report.log import Log
 from batchrun.report.pace import NOTE_S, WINDOW_S, Pace
-from batchrun.report.summary import summary, to_json
+from batchrun.report.summary import Commands, summary, to_json
 from batchrun.report.talk import Talk
 from batchrun.report.watch import Notes, Watch
 from batchrun.report.words import about, count, duration, exact_usd, plain, rough_usd, size, spent
@@ -157,13 +159,15 @@ def said(lines: object) -> str:
 def test_what_is_known_of_the_price_is_said_and_what_is_not_known_too(
     estimate: Estimate | None, words: str
 ) -> None:
-    lines = said(opening.planned(merged(), [estimate] if estimate else [], Counts(), limit=None))
+    estimates = [estimate] if estimate else []
+    lines = said(opening.planned(merged(), estimates, Counts(), to_buy=merged().by_tool, limit=None))
     assert lines.endswith(f"  instant-id: 10 rows, 40 images, {words}")
 
 
 def test_what_changed_since_the_last_reading_is_told() -> None:
     counts = Counts({State.DONE: 6, State.PLANNED: 4, State.INVALID: 1})
-    lines = said(opening.planned(merged(new=2, replaced=1, gone=3, changed=5), [], counts, limit=4))
+    changes = merged(new=2, replaced=1, gone=3, changed=5)
+    lines = said(opening.planned(changes, [], counts, to_buy={}, limit=4))
     assert "so far: 6 done, 1 invalid, 4 to do" in lines
     assert "in the manifest: 2 new, 1 corrected or changed, 3 no longer in it and left alone" in lines
     assert "5 rows bought already ask for something else now" in lines
@@ -203,7 +207,7 @@ def test_the_same_fault_of_many_rows_is_said_once_with_the_lines_that_have_it() 
 
 
 def test_changed_rows_are_counted_in_good_grammar() -> None:
-    one = said(opening.planned(merged(changed=1, rerun=1), [], Counts(), limit=None))
+    one = said(opening.planned(merged(changed=1, rerun=1), [], Counts(), to_buy=merged().by_tool, limit=None))
     assert "1 row bought already asks for something else now and is left alone" in one
     assert "in the manifest: 1 finished row bought again (--rerun-changed)" in one
 
@@ -230,6 +234,16 @@ def test_the_line_says_rows_tasks_and_what_is_waited_for() -> None:
         "3 of 20 rows done, 1 failed, 1 in doubt; 5 of 8 tasks active, 2 rows being saved; "
         "12 images, 0 bytes; waiting: the balance is exhausted"
     )
+
+
+def test_without_a_terminal_a_wait_is_told_at_once_and_one_that_comes_and_goes_not_each_time() -> None:
+    stream = io.StringIO()
+    lines = Lines(Talk(stream), watched(planned=1))
+    for _ in range(3):
+        lines.listen(Event(Fact.PAUSED, 0.0, details={"reason": "the service cannot be reached: http://x"}))
+        lines.listen(Event(Fact.RESUMED, 0.0, details={"reason": None}))
+    told = [each.split("  ", 1)[1] for each in stream.getvalue().splitlines()]
+    assert told == ["waiting: the service cannot be reached: http://x", "going on"]
 
 
 def test_what_was_cancelled_or_is_invalid_is_not_said_to_have_failed() -> None:
@@ -318,12 +332,79 @@ def test_a_stopped_run_says_why_and_that_the_same_command_goes_on(tmp_path: Path
     assert lines[-1] == "to go on: run the same command again"
 
 
+def test_tasks_that_go_on_are_told_with_what_fetches_and_what_ends_them(tmp_path: Path) -> None:
+    counts = Counts({State.DONE: 3, State.IN_FLIGHT: 1, State.PLANNED: 6})
+    commands = Commands("batchrun run m.csv --limit 9", "batchrun run m.csv")
+    lines = said(summary(tmp_path, counts, (), stopped="by Ctrl-C", commands=commands)).splitlines()
+    assert lines[-2:] == [
+        "1 task goes on at the service and will be billed: run again to fetch what it makes, or end it with "
+        f"batchrun cancel {tmp_path}",
+        "to go on: batchrun run m.csv --limit 9",
+    ]
+    done = Counts({State.DONE: 9, State.PLANNED: 1})
+    lines = said(summary(tmp_path, done, (), beyond_limit=1, commands=commands)).splitlines()
+    assert lines[-1] == "to do the rest: batchrun run m.csv"
+
+
+def test_a_rehearsal_s_costs_are_called_made_up_and_its_commands_rehearse(tmp_path: Path) -> None:
+    (tmp_path / "simulator.jsonl").touch()
+    counts = Counts({State.DONE: 3, State.FAILED: 1, State.IN_FLIGHT: 2}, cost_usd=Decimal("0.0012"))
+    lines = said(summary(tmp_path, counts, (FAILED,))).splitlines()
+    assert "cost    0.0012 USD (made up: a rehearsal)" in lines
+    assert not any("billed" in each for each in lines)
+    assert [each for each in lines if "batchrun " in each] == [
+        each for each in lines if each.endswith(" --simulate")
+    ]
+    assert to_json(tmp_path, counts, (), None)["rehearsal"] is True
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tool": "instant-id", "set": {"samples": "2", "prompt": 'it\'s a "cat"'}, "map": {"prompt": "a b"}},
+        {"expand": {"seed": "1..4", "scheduler": ["A b", "C"]}, "repeat": 3, "extra": "keep", "limit": 5},
+        {"concurrency": 9, "max_cost": "1.50", "halt": "fail=5%", "max_pause": 5400.0, "skip_invalid": True},
+        {"delimiter": ";", "format": "csv", "lora_scale": "parameter", "on_stuck": "kill", "attempts": 1},
+    ],
+)
+def test_the_command_that_goes_on_says_the_same_as_the_job_it_was_made_of(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
+    from batchrun.cli.command import as_told
+    from batchrun.cli.options import SERVICE_NAMES, job_of
+    from batchrun.cli.run import run
+
+    job = job_for(tmp_path / "my rows.csv", out=tmp_path / "run", **settings)
+    told = as_told(job, rehearsal=True)
+    assert told is not None
+    for command, limit in ((told.again, job.limit), (told.rest, None)):
+        words = shlex.split(command)
+        assert words[:2] == ["batchrun", "run"]
+        values = run.make_context("run", words[2:]).params
+        assert values["simulate"] is True
+        known = {
+            name: value for name, value in values.items() if name not in {*SERVICE_NAMES, "as_json", "job"}
+        }
+        made = job_of(values["job"], known)
+        assert made.axes == job.axes
+        assert made == job.model_copy(update={"limit": limit, "expand": made.expand})
+
+
+def test_what_no_command_line_can_say_is_not_said(tmp_path: Path) -> None:
+    from batchrun.cli.command import as_told
+
+    for settings in ({"set": {"loras": ["61"]}}, {"max_image_bytes": 1000}):
+        assert as_told(job_for(tmp_path / "m.csv", **settings), rehearsal=False) is None
+    assert as_told(job_for("-", format="csv"), rehearsal=False) is None
+
+
 def test_as_data_what_is_under_way_is_in_flight_and_costs_are_exact(tmp_path: Path) -> None:
     counts = Counts(
         {State.SUBMITTING: 1, State.IN_FLIGHT: 2, State.FINISHED: 3, State.PLANNED: 4},
         cost_usd=Decimal("1E-7"),
     )
-    told = json.loads(json.dumps(to_json(tmp_path, counts, (FAILED,))))
+    told = json.loads(json.dumps(to_json(tmp_path, counts, (FAILED,), None)))
     assert told["rows"]["in_flight"] == 6
     assert told["rows"]["planned"] == 4
     assert told["rows"]["total"] == 10

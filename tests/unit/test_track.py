@@ -13,9 +13,9 @@ import anyio
 import pytest
 
 from batchrun import errors
-from batchrun.dispatch.track import MAX_LOOKS, STUCK_S, Ended, Left, Tracker
+from batchrun.dispatch.track import MAX_LOOKS, UNKNOWN_TASK, Ended, Left, Tracker
 from batchrun.model import RemoteOutput, Task
-from batchrun.rules.pace import CEILING_S, FLOOR_S
+from batchrun.rules.pace import CEILING_S, FLOOR_S, STUCK_S
 from batchrun.rules.policy import (
     ERROR_PATIENCE_S,
     OUTPUTS_PATIENCE_S,
@@ -198,7 +198,7 @@ async def test_a_task_unknown_to_the_service_is_looked_for_and_then_left(
     looks = Looks(after(10**6, DONE, None) if unknown is None else failing(unknown, 10**6))
     task, verdict = await followed(looks)
     assert task is None
-    assert verdict == Left("the service does not know the task")
+    assert verdict == Left(UNKNOWN_TASK)
     assert looks.age >= UNKNOWN_PATIENCE_S
 
 
@@ -218,7 +218,8 @@ async def test_a_task_that_never_moves_is_left_to_the_next_start() -> None:
     assert isinstance(verdict, Left)
     assert "task_start" in verdict.reason
     assert task is not None
-    assert STUCK_S <= looks.age <= STUCK_S + 2 * CEILING_S
+    assert verdict.is_stuck
+    assert STUCK_S[1] <= looks.age <= STUCK_S[1] + 2 * CEILING_S
 
 
 @virtual_time
@@ -252,7 +253,9 @@ async def test_outputs_that_come_a_look_later_are_waited_for_briefly() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cost", "expected"), [(Decimal("0.004"), PaidButEmpty), (None, TaskFailed)], ids=["billed", "not billed"]
+    ("cost", "expected"),
+    [(Decimal("0.004"), PaidButEmpty), (Decimal(0), TaskFailed), (None, PaidButEmpty)],
+    ids=["billed", "not billed", "not told"],
 )
 @virtual_time
 async def test_outputs_that_never_come_are_waited_for_half_a_minute(

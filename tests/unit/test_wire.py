@@ -490,3 +490,50 @@ def test_a_snippet_is_one_short_line_without_control_sequences() -> None:
     assert wire.snippet("a\x1b[31mb\n\n c\u202e\ud800d\0") == "a [31mb c d"
     assert len(wire.snippet("x" * 10**6)) == wire.SNIPPET_CHARS
     assert wire.snippet(b"\xffabc") == "\ufffdabc"
+
+
+# --- answers out of all proportion ---
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"parameters": json.loads("[" * 65 + "]" * 65)},
+        {"parameters": json.loads('{"a":' * 900 + "1" + "}" * 900)},
+        {"x": [0] * 600_000},
+        {"x": [{}] * 600_000},
+        {"tasklist": [{"id": 1}] * 1001},
+    ],
+    ids=["deep list", "deep object", "values", "objects", "tasks"],
+)
+def test_an_answer_out_of_all_proportion_is_refused_as_a_whole(fields: dict[str, Any]) -> None:
+    """What walks a value later (a comparison, an encoder) ends at Python's depth of calls, the machine at its
+    memory."""
+    with pytest.raises(ProtocolError):
+        wire.read_tasks(
+            wire.read_answer(200, encoded({"result": True, "tasklist": [], **fields})), whole=True
+        )
+
+
+def test_what_is_deep_inside_a_text_is_no_parameter_list() -> None:
+    task = wire.read_task({"id": 1, "parameters": '{"a":' * 900 + "1" + "}" * 900})
+    assert task.parameters is None
+
+
+def test_sixty_levels_and_a_thousand_tasks_are_read() -> None:
+    deep = json.loads("[" * 60 + "]" * 60)
+    answer = {"result": True, "tasklist": [{"id": n, "parameters": {"a": deep}} for n in range(1, 1001)]}
+    assert len(wire.read_tasks(wire.read_answer(200, encoded(answer)), whole=True)) == 1000
+
+
+def test_a_tasks_token_is_in_no_words_about_it() -> None:
+    token = "eDcCm5yyUfIvMFspTwww49OUfgXkQt"
+    task = wire.read_task(
+        {"id": 1, "socketaccesstoken": token, "debugerror": f"{token}: no such file {token}"}
+    )
+    assert task.debug_error == "***: no such file ***"
+    assert token not in wire.snippet(
+        encoded({"result": True, "socketaccesstoken": token, "tasktoken": token})
+    )
+    assert token not in wire.snippet(f"bad tasktoken={token} socketAccessToken: {token}")
+    assert wire.snippet("the token is wrong; 77 tokens used") == "the token is wrong; 77 tokens used"

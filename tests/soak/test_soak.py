@@ -1,0 +1,29 @@
+"""The long run of `make soak`, made short."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.soak.soak import Plan, Soak
+
+SHORT = Plan(
+    rows=150,
+    kills=4,
+    kill_after_s=(1.0, 2.5),
+    outages=1,
+    outage_s=2.0,
+    limits=(3, 16),
+    slots=16,
+    stall_s=2.0,
+    disk_bytes=None,
+)
+
+
+@pytest.mark.timeout(300)
+async def test_under_every_trouble_at_once_nothing_is_paid_twice_lost_or_torn(tmp_path: Path) -> None:
+    result = await Soak(tmp_path, SHORT, tmp_path).run()
+    assert result.is_clean, (result.table, result.stops)
+    assert result.table["images whole"] == result.table["images expected"]
+    assert result.starts > 4
