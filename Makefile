@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo sim test test-fast crash cov fuzz lint fmt types check docs clean
+.PHONY: help install demo sim test test-fast soak crash cov fuzz lint fmt types check docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: $(READY)  ## run all tests
 
 test-fast: $(READY)  ## run the tests of the rules and properties only
 	$(BIN)/pytest tests/unit tests/property -n 2
+
+soak: $(READY)  ## run 20,000 rows under every trouble at once (some 15 minutes)
+	$(BIN)/python -m tests.soak
 
 crash: $(READY)  ## kill runs at every named point and resume them
 	$(BIN)/pytest tests/crash -n 6 --dist worksteal

@@ -182,6 +182,8 @@ class Dispatcher:
                 self._ask_newest,
             ):
                 services.start_soon(service)
+            for tool, seconds in await self._store.recent_seconds():  # an earlier start's experience
+                self._tracker.durations[tool].add(seconds)
             with anyio.CancelScope() as self._rows_scope:
                 async with anyio.create_task_group() as rows:
                     await self._feed(rows)

@@ -188,6 +188,19 @@ def states_of(connection: sqlite3.Connection, ids: Collection[str]) -> dict[str,
     return found
 
 
+def recent_seconds(connection: sqlite3.Connection, limit: int = 200) -> list[tuple[int, float]]:
+    """(tool, seconds) of the tasks of the rows that were settled last, oldest first."""
+    records = connection.execute(
+        "SELECT newest.tool, CAST(seconds AS REAL) FROM "
+        "(SELECT seq, tool, settled FROM rows WHERE settled IS NOT NULL "
+        "ORDER BY settled DESC LIMIT ?) AS newest "
+        "JOIN attempts ON attempts.row = newest.seq "
+        "WHERE seconds IS NOT NULL AND tool IS NOT NULL ORDER BY newest.settled",
+        (limit,),
+    )
+    return [(tool, seconds) for tool, seconds in records if seconds > 0]
+
+
 def known_tasks(connection: sqlite3.Connection, task_ids: Collection[str]) -> dict[str, int | None]:
     """Which of these task ids are of this run, with the tool's number where it still is the row's."""
     marks = ", ".join("?" * len(task_ids))

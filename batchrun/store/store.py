@@ -240,6 +240,10 @@ class Store:
         """What was spent, billed and reserved so far, under a cap."""
         return await self._read(lambda connection: reading.read_budget(connection, cap_usd))
 
+    async def recent_seconds(self) -> list[tuple[int, float]]:
+        """How long the newest tasks took that this run knows the end of: (tool, seconds), oldest first."""
+        return await self._read(reading.recent_seconds)
+
     async def unbought(self, *, last_seq: int | None = None) -> list[tuple[int, int, int]]:
         """The planned rows of the manifest, up to row `last_seq`: (tool, rows, images) by tool."""
         return await self._read(lambda connection: reading.read_unbought(connection, last_seq))

@@ -111,9 +111,9 @@ class Wiro:
     says nothing about whether the service acted.
     """
 
-    def __init__(self, credentials: Credentials, *, deadlines: Deadlines = DEADLINES) -> None:
+    def __init__(self, credentials: Credentials, *, deadlines: Deadlines | None = None) -> None:
         self._credentials = credentials
-        self._deadlines = deadlines
+        self._deadlines = deadlines or DEADLINES
         self._host = URL(credentials.base_url).host or ""
         self._concealed = signing.concealer(credentials.key, credentials.secret)
         self._nonce = 0

@@ -199,7 +199,7 @@ async def test_failed_rows_stay_failed_with_their_cause_and_are_asked_for_again_
         made, rejected = len(sim.tasks), (run / "failed.csv").read_text()
         gone(run)
         repaired(run)
-        with pytest.raises(UsageError, match="run its manifest again first"):
+        with pytest.raises(UsageError, match="run its manifest first"):
             await run_job(sim, job, again=Again())
         after = await run_job(sim, job)
         assert len(sim.tasks) == made

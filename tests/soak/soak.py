@@ -53,6 +53,8 @@ class Plan:
     stall_s: float = 4.0
     #: A file system of this size for the run's folder, filled up once; None: no such trouble.
     disk_bytes: int | None = 1024 * 1024 * 1024
+    #: What is run: the command, or the same with shorter waits in doubts.
+    module: str = "batchrun"
     seed: int = 1
 
 
@@ -228,7 +230,7 @@ class Soak:
 
     def _command(self) -> list[str]:
         return [
-            *(sys.executable, "-m", "batchrun", "run", "soak.csv", "--out", str(self.out / "run")),
+            *(sys.executable, "-m", self.plan.module, "run", "soak.csv", "--out", str(self.out / "run")),
             *(
                 "--max-concurrency",
                 "64",
@@ -245,6 +247,7 @@ class Soak:
             "WIRO_API_KEY": sim.key,
             "WIRO_API_SECRET": sim.secret or "",
             "WIRO_API_BASE_URL": sim.base_url,
+            "PYTHONPATH": str(Path(__file__).parents[2]),
         }
 
     # --- what came of it ------------------------------------------------------------------------------

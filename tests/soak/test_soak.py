@@ -9,15 +9,16 @@ import pytest
 from tests.soak.soak import Plan, Soak
 
 SHORT = Plan(
-    rows=150,
+    rows=120,
     kills=4,
-    kill_after_s=(1.0, 2.5),
+    kill_after_s=(0.8, 2.0),
     outages=1,
     outage_s=2.0,
-    limits=(3, 16),
+    limits=(4, 16),
     slots=16,
     stall_s=2.0,
     disk_bytes=None,
+    module="tests.soak.hasty",
 )
 
 
