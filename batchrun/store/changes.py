@@ -13,6 +13,10 @@ from batchrun.rules.policy import charged
 from batchrun.rules.states import Event, advance
 from batchrun.store.records import dumps, load_row
 
+#: Above all that a row ever had: it may have gone back to an earlier one.
+NEXT_GENERATION = (
+    "1 + max(rows.generation, coalesce((SELECT max(generation) FROM attempts WHERE row = rows.seq), 0))"
+)
 #: Sums of money are exact; the usual 28 digits would round what a service may write.
 _EXACT = Context(prec=120)
 
@@ -119,7 +123,10 @@ def close_attempt(
 
 def begin_anew(connection: sqlite3.Connection, seq: int) -> None:
     """A row asked for anew starts with fresh attempts; its history stays under the old generation."""
-    connection.execute("UPDATE rows SET attempts = 0, generation = generation + 1 WHERE seq = ?", (seq,))
+    connection.execute(
+        f"UPDATE rows SET attempts = 0, generation = {NEXT_GENERATION} WHERE seq = ?",
+        (seq,),
+    )
 
 
 # --- sums -------------------------------------------------------------------------------------------

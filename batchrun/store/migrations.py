@@ -24,6 +24,11 @@ def _third(connection: sqlite3.Connection) -> None:
     connection.execute("ALTER TABLE run ADD COLUMN failed_prints TEXT NOT NULL DEFAULT '[]'")
 
 
+def _fourth(connection: sqlite3.Connection) -> None:
+    # what a bought row asked for before it was asked for anew, while its old images are kept, as JSON
+    connection.execute("ALTER TABLE rows ADD COLUMN kept TEXT")
+
+
 def _statements(script: str) -> list[str]:
     """The statements of a script; executescript() would commit, and a step must be whole or absent."""
     lines = [line.split("--")[0] for line in script.splitlines()]
@@ -31,7 +36,7 @@ def _statements(script: str) -> list[str]:
 
 
 #: In order; the file's user_version counts how many have run.
-STEPS: tuple[Callable[[sqlite3.Connection], None], ...] = (_first, _second, _third)
+STEPS: tuple[Callable[[sqlite3.Connection], None], ...] = (_first, _second, _third, _fourth)
 
 
 def migrate(connection: sqlite3.Connection) -> None:

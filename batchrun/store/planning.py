@@ -13,6 +13,7 @@ unless the user asks for the rerun.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -22,7 +23,7 @@ from batchrun.model import State
 from batchrun.rules.naming import stem, stem_with_hash
 from batchrun.rules.policy import PAID_CAUSES
 from batchrun.store import rebuilding
-from batchrun.store.changes import next_settled
+from batchrun.store.changes import NEXT_GENERATION, next_settled
 from batchrun.store.migrations import migrate
 from batchrun.store.reading import read_value
 from batchrun.store.records import dumps
@@ -252,6 +253,7 @@ class Planning:
 
     def _apply(self, *, rerun_changed: bool, identical: int) -> Merged:
         gone = self._leave_out()
+        restored = self._restore()
         moved = self._move()
         replaced = self._differing(f"NOT {_PAID} AND known.state IN ({_RESTING})")
         bought = self._differing(_PAID)
@@ -267,7 +269,7 @@ class Planning:
         )
         rebuilding.doubt_the_rest(self.connection)
         rebuilding.recount(self.connection)
-        if gone or moved or replaced or rerun:
+        if gone or restored or moved or replaced or rerun:
             # what the sidecar files say of lines, extras and rows is not true any more
             self._run("UPDATE run SET listed = '{}'")
         rows, images, invalid = self._run(
@@ -327,15 +329,49 @@ class Planning:
         )
         return [seq for (seq,) in records]
 
+    def _restore(self) -> int:
+        """Bought rows that were to ask for something else, and did not get it, take their word back.
+
+        Their images are still there: they are done again. Returns how many.
+        """
+        records = self._run(
+            "SELECT known.seq, known.kept FROM main.rows AS known JOIN staged ON staged.seq = known.seq "
+            "WHERE known.kept IS NOT NULL AND known.content <> staged.content AND staged.message IS NULL "
+            "AND json_extract(known.kept, '$.content') = hex(staged.content) "
+            f"AND NOT {_PAID} AND known.state IN ({_RESTING}) ORDER BY known.seq"
+        ).fetchall()
+        for seq, text in records:
+            kept = json.loads(text)
+            self._run(
+                "UPDATE main.rows AS known SET key = staged.key, content = staged.content, own = staged.own, "
+                "tool = ?, given = ?, images = ?, generation = ?, state = 'done', settled = ?, cause = NULL, "
+                "message = NULL, kept = NULL, attempts = (SELECT count(*) FROM attempts "
+                "WHERE attempts.row = known.seq AND attempts.generation = ?) "
+                "FROM staged WHERE staged.seq = known.seq AND known.seq = ?",
+                (
+                    kept["tool"],
+                    kept["given"],
+                    kept["images"],
+                    kept["generation"],
+                    next_settled(self.connection),
+                    kept["generation"],
+                    seq,
+                ),
+            )
+        return len(records)
+
     def _replace(self, seq: int) -> None:
         """The row asks for something else from now on; its file name stays."""
         query = "SELECT message FROM staged WHERE seq = ?"
         invalid = read_value(self.connection, query, (seq,)) is not None
         self._run(
-            "UPDATE main.rows AS known SET key = staged.key, content = staged.content, own = staged.own, "
+            "UPDATE main.rows SET kept = iif(rows.state = 'done', json_object("
+            "'generation', rows.generation, 'content', hex(rows.content), 'tool', rows.tool, "
+            "'given', rows.given, 'images', rows.images), rows.kept), "
+            "key = staged.key, content = staged.content, own = staged.own, "
             "tool = staged.tool, given = staged.given, images = staged.images, attempts = 0, "
-            "generation = generation + 1, state = ?, settled = ?, cause = ?, message = staged.message "
-            "FROM staged WHERE staged.seq = known.seq AND known.seq = ?",
+            f"generation = {NEXT_GENERATION}, state = ?, settled = ?, cause = ?, message = staged.message "
+            "FROM staged WHERE staged.seq = rows.seq AND rows.seq = ?",
             (
                 State.INVALID if invalid else State.PLANNED,
                 next_settled(self.connection) if invalid else None,

@@ -440,6 +440,7 @@ class Store:
                 "AND generation = (SELECT generation FROM rows WHERE seq = ?)",
                 (seq, seq),
             )
+            connection.execute("UPDATE rows SET kept = NULL WHERE seq = ? AND kept IS NOT NULL", (seq,))
             row = load_row(connection, seq)
             if read_value(connection, "SELECT present FROM rows WHERE seq = ?", (seq,)):
                 size_bytes = sum(output.size_bytes or 0 for output in row.outputs)

@@ -231,6 +231,31 @@ async def test_a_task_that_may_recover_is_ended_before_another_is_asked_for(tmp_
         assert [task.stopped for task in sim.tasks] == [True, False]
 
 
+@pytest.mark.parametrize("faults", [["run-validation"], []], ids=["refused", "not sent"])
+async def test_a_rerun_that_is_taken_back_buys_nothing(tmp_path, faults):
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("id,prompt\na,a cat\nb,a fox\n")
+    job = job_of(manifest)
+    async with Simulator(seconds=0.1) as sim:
+        assert (await run_job(sim, job)).exit_code == 0
+        manifest.write_text("id,prompt\na,a dog\nb,a fox\n")
+        sim.faults = faults
+        anew = job.with_overrides(rerun_changed=True)
+        runner = Runner(anew, credentials_of(sim), planned=lambda self: None if faults else self.stop("no"))
+        await runner.run()
+        sim.faults = []
+        manifest.write_text("id,prompt\na,a cat\nb,a fox\n")
+        outcome = await run_job(sim, job)
+        assert outcome.counts.by_state == {State.DONE: 2}
+        check_complete(sim, tmp_path / "run", 2)
+        # and asked for anew once more, it is bought once
+        manifest.write_text("id,prompt\na,a dog\nb,a fox\n")
+        assert (await run_job(sim, anew)).exit_code == 0
+        assert sorted(task.parameters["prompt"] for task in sim.tasks) == ["a cat", "a dog", "a fox"]
+        records = lines_of(tmp_path / "run" / "images" / "metadata.jsonl")
+        assert sorted(record["prompt"] for record in records) == ["a dog", "a fox"]
+
+
 # --- saving -------------------------------------------------------------------------------------------------
 
 
