@@ -20,7 +20,7 @@ import anyio.abc
 from batchrun import errors
 from batchrun.dispatch.cap import Cap
 from batchrun.dispatch.doubts import Doubts, Listings
-from batchrun.dispatch.limits import Gate, Slot, Slots
+from batchrun.dispatch.limits import Gate, Room, Slot, Slots
 from batchrun.dispatch.saving import Saver, Unsaved
 from batchrun.dispatch.stopping import StopSign
 from batchrun.dispatch.submit import Submitter, Submitting
@@ -132,7 +132,7 @@ class Dispatcher:
         self._on_their_way = 0
         self._rows_scope: anyio.CancelScope | None = None
         # rows on their way, most of them active at the service, the others being saved
-        self._room = anyio.Semaphore(2 * limits.max_concurrency + 2 * saver.downloads)
+        self._room = Room(2 * limits.max_concurrency + 2 * saver.downloads)
         self._slots = Slots(
             fixed=limits.concurrency, ceiling=limits.max_concurrency, known=known_limit, rng=rng
         )
@@ -156,7 +156,7 @@ class Dispatcher:
         )
         self._steps = {
             Step.SUBMIT: self._submitter.submit,
-            Step.LOOK_UP: self._submitter.look_up,
+            Step.LOOK_UP: self._look_up,
             Step.FOLLOW: self._follow,
             Step.SAVE: self._save,
         }
@@ -223,10 +223,10 @@ class Dispatcher:
     async def _have_room(self) -> bool:
         """Wait until another row may be on its way; False when the run stops before."""
         if self._cancelling:
-            await self._room.acquire()
+            await self._room.enter()
             return True
         with self._sign.wait() as waiting:
-            await self._room.acquire()
+            await self._room.enter()
         return not waiting.cancelled_caught
 
     async def _claim(self, state: State, *, after_seq: int) -> list[Row]:
@@ -264,7 +264,7 @@ class Dispatcher:
             self._cap.left(row)
             self._submitter.health.forget(row.seq)
             self._on_their_way -= 1
-            self._room.release()
+            self._room.leave()
 
     def _weigh(self, row: Row) -> None:
         """Halt the run when failures are too many or too much alike."""
@@ -319,6 +319,10 @@ class Dispatcher:
         """How long to wait for the service; less where only rows in trouble are left."""
         are_all_troubled = self._on_their_way <= self._submitter.health.troubled
         return self._limits.max_pause_s if are_all_troubled else MAX_OUTAGE_S
+
+    async def _look_up(self, row: Row, slot: Slot) -> Row | None:
+        with self._room.aside():
+            return await self._submitter.look_up(row, slot)
 
     # --- following --------------------------------------------------------------------------------------
 

@@ -1,12 +1,14 @@
-"""What bounds the submits: task slots at the service, and the gate that closes when the service is unwell.
+"""What bounds a run: task slots at the service, rows on their way, the gate that shuts when it is unwell.
 
-Both are shared by all rows of the run, so that one refusal teaches everybody and an outage meets one
+All are shared by all rows of the run, so that one refusal teaches everybody and an outage meets one
 probe instead of a storm.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from random import Random
 
 import anyio
@@ -136,6 +138,43 @@ class Slot:
         if self._held:
             self._held = False
             self._slots.give()
+
+
+class Room:
+    """Bounds the rows on their way. Rows that are looked up count apart: they wait, and cost little."""
+
+    def __init__(self, rows: int, *, doubts: int = 1000) -> None:
+        self._free = rows
+        self._free_for_doubts = doubts
+        self._changed = anyio.Event()
+
+    async def enter(self) -> None:
+        """Wait for room, and take it."""
+        while self._free <= 0 or self._free_for_doubts <= 0:
+            await self._changed.wait()
+        self._free -= 1
+
+    def leave(self) -> None:
+        """Give the room back."""
+        self._free += 1
+        self._announce()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Make room for another row while this one is looked up; afterwards it goes on at once."""
+        self._free += 1
+        self._free_for_doubts -= 1
+        self._announce()
+        try:
+            yield
+        finally:
+            self._free -= 1
+            self._free_for_doubts += 1
+            self._announce()
+
+    def _announce(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
 
 
 class Gate:

@@ -315,7 +315,9 @@ class Submitter:
 
         async def give_in_time() -> None:
             usual_s = self._usual_time_s(row.tool)
-            await anyio.sleep(2 * usual_s if usual_s is not None else UNKNOWN_TIME_S)
+            since = row.attempt.intent_at if row.attempt else time.time()
+            age_s = max(0.0, time.time() - since)  # an earlier start may have sent it
+            await anyio.sleep(max(0.0, (2 * usual_s if usual_s is not None else UNKNOWN_TIME_S) - age_s))
             slot.give()
 
         answer: Adopt | Absent | Hold | errors.CredentialsRefused
