@@ -17,12 +17,14 @@ from batchrun.wiro.client import Deadlines, Wiro
 from tests.support.images import draw
 from tests.support.runs import (
     Facts,
+    abort_when,
     check_complete,
     credentials_of,
     images_of,
     job_of,
     lines_of,
     run_job,
+    stop_when,
     write_rows,
 )
 
@@ -80,7 +82,7 @@ async def test_more_doubts_than_a_run_has_room_for_are_each_looked_up_once(tmp_p
         assert facts.count(Fact.HELD) == 12
 
 
-async def test_the_task_of_another_tool_is_no_doubtful_row_s_task(tmp_path):
+async def test_the_task_of_another_tool_is_no_doubtful_row_s_task(tmp_path, hasty):
     """Two tools compared on one prompt, both answers lost: each row gets the picture of its own tool."""
     manifest = tmp_path / "m.csv"
     manifest.write_text(
@@ -129,11 +131,7 @@ async def test_a_doubt_is_looked_up_by_what_was_sent_though_settings_have_change
     async with Simulator(seconds=0.2, faults=["run-reset@2"]) as sim:
         runner = Runner(job, credentials_of(sim))
 
-        def leave(event: Event) -> None:
-            if event.fact is Fact.DOUBT:
-                runner.abort()
-
-        runner.progress.listen(leave)
+        abort_when(runner, lambda event: event.fact is Fact.DOUBT)
         await runner.run()
         assert (await run_job(sim, job.with_overrides(lora_scale="parameter"))).exit_code == 0
         told = {
@@ -155,11 +153,7 @@ async def test_nothing_is_submitted_once_the_run_is_told_to_stop(tmp_path, fact)
         job = job_of(write_rows(tmp_path / "m.csv", 30), concurrency=8)
         runner = Runner(job, credentials_of(sim), progress=Progress(facts))
 
-        def stop(event: Event) -> None:
-            if facts.count(Fact.INTENT) >= 8 and event.fact is fact:
-                runner.stop("enough")
-
-        runner.progress.listen(stop)
+        stop_when(runner, lambda event: facts.count(Fact.INTENT) >= 8 and event.fact is fact)
         assert (await runner.run()).exit_code == 3
         assert len(sim.tasks) == facts.count(Fact.INTENT) == 8
 
@@ -187,11 +181,7 @@ async def test_what_was_bought_is_fetched_while_the_newest_task_is_still_asked_f
     async with Simulator(seconds=0.5, stall_s=1000.0, faults=["list-stall@2"]) as sim:
         runner = Runner(job, credentials_of(sim))
 
-        def leave(event: Event) -> None:
-            if event.fact is Fact.IN_FLIGHT and len(sim.tasks) == 3:
-                runner.abort()
-
-        runner.progress.listen(leave)
+        abort_when(runner, lambda event: event.fact is Fact.IN_FLIGHT and len(sim.tasks) == 3)
         await runner.run()
         with anyio.fail_after(30):
             assert (await run_job(sim, job)).exit_code == 0
@@ -203,11 +193,7 @@ async def test_a_cancel_submits_nothing_though_tasks_have_failed_meanwhile(tmp_p
     async with Simulator(seconds=0.3, faults=["task-fails"]) as sim:
         runner = Runner(job, credentials_of(sim))
 
-        def leave(event: Event) -> None:
-            if event.fact is Fact.IN_FLIGHT and len(sim.tasks) == 4:
-                runner.abort()
-
-        runner.progress.listen(leave)
+        abort_when(runner, lambda event: event.fact is Fact.IN_FLIGHT and len(sim.tasks) == 4)
         await runner.run()
         while sim.active:
             await anyio.sleep(0.05)
@@ -284,11 +270,7 @@ async def test_failed_csv_tells_no_row_that_is_on_its_way_again(tmp_path):
         await run_job(sim, job)
         runner = Runner(job, credentials_of(sim), again=Again(ids=["r1"]))
 
-        def leave(event: Event) -> None:
-            if event.fact is Fact.DONE:
-                runner.abort()
-
-        runner.progress.listen(leave)
+        abort_when(runner, lambda event: event.fact is Fact.DONE)
         await runner.run()
         with (tmp_path / "run" / "failed.csv").open(newline="") as file:
             assert [row["id"] for row in csv.DictReader(file)] == ["r2"]
@@ -300,11 +282,7 @@ async def test_rows_taken_out_of_the_manifest_are_finished_and_not_counted(tmp_p
     async with Simulator(seconds=0.5) as sim:
         runner = Runner(job, credentials_of(sim))
 
-        def leave(event: Event) -> None:
-            if event.fact is Fact.IN_FLIGHT and len(sim.tasks) == 3:
-                runner.stop("enough")
-
-        runner.progress.listen(leave)
+        stop_when(runner, lambda event: event.fact is Fact.IN_FLIGHT and len(sim.tasks) == 3)
         await runner.run()
         manifest.write_text("id,prompt\nr1,a picture of 1 birds\n")
         again = Runner(job, credentials_of(sim))

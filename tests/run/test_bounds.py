@@ -7,10 +7,10 @@ from decimal import Decimal
 import pytest
 
 from batchrun.model import State
-from batchrun.progress import Event, Fact, Progress
+from batchrun.progress import Fact, Progress
 from batchrun.runner import Again, Runner
 from batchrun.simulator.server import Simulator
-from tests.support.runs import Facts, check_complete, credentials_of, job_of, run_job, write_rows
+from tests.support.runs import Facts, abort_when, check_complete, credentials_of, job_of, run_job, write_rows
 
 #: Each image is published at, and billed, 0.0035 USD.
 PRICED = "text-to-image-sd-lora"
@@ -54,11 +54,7 @@ async def test_tasks_in_flight_from_an_earlier_start_are_reserved_for(tmp_path):
         await run_job(sim, job.with_overrides(limit=1))  # a first bill, so that more than one is sent
         runner, facts, billed = watched(sim, job)
 
-        def leave(event: Event) -> None:
-            if facts.count(Fact.IN_FLIGHT) == 3:
-                runner.abort()
-
-        runner.progress.listen(leave)
+        abort_when(runner, lambda event: facts.count(Fact.IN_FLIGHT) == 3)
         await runner.run()
         runner, _, billed = watched(sim, job)
         outcome = await runner.run()

@@ -38,7 +38,7 @@ async def test_a_lost_answer_after_the_task_was_made_is_looked_up_and_adopted(tm
         "run-limit-odd",
     ],
 )  # fmt: skip
-async def test_a_refusal_that_made_no_task_uses_up_no_attempt(tmp_path, fault):
+async def test_a_refusal_that_made_no_task_uses_up_no_attempt(tmp_path, fault, hasty):
     async with Simulator(seconds=0.2, faults=[f"{fault}@2,3"]) as sim:
         outcome = await run_job(sim, job_of(write_rows(tmp_path / "m.csv", ROWS), attempts=1))
         assert outcome.exit_code == 0
@@ -247,6 +247,36 @@ async def test_the_service_queues_or_refuses_and_never_more_than_the_limit_is_ac
         check_complete(sim, tmp_path / "run", 20)
 
 
+@pytest.mark.parametrize("hours", [-9, 9])
+async def test_a_service_whose_clock_is_wrong_by_hours_settles_doubts_all_the_same(tmp_path, hours, hasty):
+    faults = ["run-reset@1,4", "run-500-before@2"]
+    async with Simulator(seconds=0.2, clock_offset_s=3600.0 * hours, faults=faults) as sim:
+        outcome = await run_job(sim, job_of(write_rows(tmp_path / "m.csv", ROWS)))
+        assert outcome.exit_code == 0
+        check_complete(sim, tmp_path / "run", ROWS)
+
+
+async def test_a_limit_that_shrinks_while_the_run_goes_on_harms_no_row(tmp_path):
+    async with Simulator(seconds=0.3, slots=12) as sim:
+        facts = Facts()
+
+        async def shrink():
+            while facts.count(Fact.DONE) < 10:
+                await anyio.sleep(0.05)
+            sim.slots = 2
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(shrink)
+            outcome = await run_job(sim, job_of(write_rows(tmp_path / "m.csv", 40)), facts=facts)
+        assert outcome.exit_code == 0
+        limits = [event.details["limit"] for event in facts if event.fact is Fact.LIMIT]
+        assert limits
+        assert limits[-1] <= 3
+        # a refusal or two for each slot that is tried, no storm
+        assert sim.refusals[96] < 40
+        check_complete(sim, tmp_path / "run", 40)
+
+
 async def test_no_more_tasks_are_active_than_asked_for(tmp_path):
     async with Simulator(seconds=0.2) as sim:
         await run_job(sim, job_of(write_rows(tmp_path / "m.csv", 20), concurrency=4))
@@ -254,7 +284,7 @@ async def test_no_more_tasks_are_active_than_asked_for(tmp_path):
         check_complete(sim, tmp_path / "run", 20)
 
 
-async def test_an_outage_harms_no_row_and_ends_by_itself(tmp_path):
+async def test_an_outage_harms_no_row_and_ends_by_itself(tmp_path, hasty):
     async with Simulator(seconds=0.3) as sim:
         facts = Facts()
         async with anyio.create_task_group() as group:

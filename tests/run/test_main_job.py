@@ -21,6 +21,7 @@ from batchrun.runner import Again, Runner
 from batchrun.simulator.server import Simulator
 from tests.support.runs import (
     Facts,
+    abort_when,
     check_complete,
     credentials_of,
     images_of,
@@ -119,16 +120,12 @@ async def test_a_stopped_run_goes_on_where_it_was(tmp_path):
         check_complete(sim, tmp_path / "run", 20)
 
 
-async def test_a_run_left_at_once_loses_nothing(tmp_path):
+async def test_a_run_left_at_once_loses_nothing(tmp_path, hasty):
     job = job_of(write_rows(tmp_path / "m.csv", 20), concurrency=6)
     async with Simulator(seconds=0.3) as sim:
         runner = Runner(job, credentials_of(sim))
 
-        def leave(event: Event) -> None:
-            if event.fact is Fact.PUBLISHED:
-                runner.abort()
-
-        runner.progress.listen(leave)
+        abort_when(runner, lambda event: event.fact is Fact.PUBLISHED)
         assert (await runner.run()).exit_code == 3
         assert (await run_job(sim, job)).exit_code == 0
         assert len(sim.tasks) == 20

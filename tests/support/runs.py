@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ async def run_job(
     """One start of the job."""
     progress = Progress(*([facts] if facts is not None else []))
     return await Runner(job, credentials_of(simulator), progress=progress, again=again).run()
+
+
+def abort_when(runner: Runner, condition: Callable[[Event], bool]) -> None:
+    """Leave the run at once, as a crash would, at the first event that fulfils the condition."""
+    runner.progress.listen(lambda event: runner.abort() if condition(event) else None)
+
+
+def stop_when(runner: Runner, condition: Callable[[Event], bool]) -> None:
+    """Stop the run in good order at the first event that fulfils the condition."""
+    runner.progress.listen(lambda event: runner.stop("enough") if condition(event) else None)
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

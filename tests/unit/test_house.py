@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,17 @@ def test_the_state_diagram_is_drawn_from_the_table() -> None:
     from docs.states import diagram
 
     assert (ROOT / "docs" / "states.md").read_text(encoding="utf-8") == diagram() + "\n"
+
+
+def test_every_test_that_the_promises_name_exists() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = 0
+    for line in text.splitlines():
+        file = ""
+        for name in re.findall(r"`([^`]*)`", line):
+            if match := re.fullmatch(r"([a-z_/]+\.py)?(?:::(test_\w+))?", name):
+                file = match[1] or file
+                source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+                assert match[2] is None or f"def {match[2]}(" in source, f"{file}::{match[2]}"
+                named += 1
+    assert named > 60
