@@ -24,10 +24,11 @@ import anyio
 from anyio.abc import TaskGroup
 
 from batchrun.manifest.job import Job, job_for
+from batchrun.plan.plan import plan
 from batchrun.plan.reading import Findings
 from batchrun.progress import Listener, Progress
 from batchrun.rehearsal import service
-from batchrun.runner import Outcome, Runner, plan
+from batchrun.runner import Outcome, Runner
 from batchrun.settings import Credentials
 from batchrun.settings import credentials as credentials_from
 from batchrun.store.folder import Folder

@@ -10,13 +10,11 @@ import json
 import os
 import secrets
 import socket
-import sys
 import time
 from collections.abc import Callable, Collection
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
-from hashlib import sha256
 from pathlib import Path
 
 import anyio
@@ -31,30 +29,24 @@ from batchrun.dispatch.saving import Saver
 from batchrun.dispatch.search import Search
 from batchrun.manifest.job import Job
 from batchrun.manifest.json_text import shown
-from batchrun.manifest.read import open_manifest
 from batchrun.model import TERMINAL, Counts, Failure, Row, State
 from batchrun.outputs.missing import Missing, missing
 from batchrun.plan.inputs import LocalImages
+from batchrun.plan.plan import plan, stamp_of
 from batchrun.plan.prices import Estimate, estimate
-from batchrun.plan.reading import ID, Findings, Reading
+from batchrun.plan.reading import Findings
 from batchrun.progress import Fact, Progress
 from batchrun.rules.halt import Halt, parse_halt
 from batchrun.settings import Credentials
 from batchrun.store.damage import check_sound
 from batchrun.store.folder import Folder
 from batchrun.store.orders import order_cancel
-from batchrun.store.planning import Merged, Planning, form_json
-from batchrun.store.records import dumps
+from batchrun.store.planning import Merged, Planning
 from batchrun.store.store import Requeued, Store
 from batchrun.tools.bind import Binder
-from batchrun.tools.catalog import Catalog, from_json, load
+from batchrun.tools.catalog import from_json, load
 from batchrun.wiro.client import Wiro
 
-#: Settings that decide what the rows of a manifest ask for.
-_READING_SETTINGS = (
-    "tool", "set", "map", "expand", "repeat", "extra", "format", "delimiter", "lora_scale", "skip_invalid",
-    "allow_outside", "max_requests", "max_row_bytes",
-)  # fmt: skip
 #: Prices are asked for this long; a run does not wait for them.
 _PRICES_S = 10.0
 
@@ -241,7 +233,7 @@ class Runner:
             )
 
     async def _plan(self, store: Store) -> None:
-        stamp = await anyio.to_thread.run_sync(_stamp, self.job)
+        stamp = await anyio.to_thread.run_sync(stamp_of, self.job)
         if stamp is not None and stamp == await store.stamp() and not self.job.rerun_changed:
             await store.remember_job(manifest=str(self.job.manifest), job=self.job.to_json())
             return
@@ -429,88 +421,6 @@ async def bring_up_to_date(folder: Folder) -> None:
         await store.end_lease(time.time())
     finally:
         store.close()
-
-
-def plan(
-    job: Job,
-    catalog: Catalog,
-    planning: Planning,
-    *,
-    stamp: str,
-    checkpoint: Callable[[], None],
-    keep: bool = True,
-) -> tuple[Reading, Merged | None]:
-    """Read the job's manifest and, when it is right, make its rows the run's; None when it is not.
-
-    With `keep` false nothing is kept: a check.
-    """
-    source = job.manifest if isinstance(job.manifest, Path) else sys.stdin.buffer
-    name = _shown(job.manifest)
-    with open_manifest(
-        source, name=name, format=job.format, delimiter=job.delimiter, max_row_bytes=job.max_row_bytes
-    ) as manifest:
-        reading = Reading(job, catalog, planning, name=name, checkpoint=checkpoint)
-        try:
-            reading.read(manifest)
-            found = reading.findings
-            if not keep or not found.allows(skip_invalid=job.skip_invalid):
-                return reading, None
-            form = form_json(
-                format=manifest.format,
-                delimiter=manifest.delimiter,
-                columns=_columns(job, manifest.columns),
-                bom=manifest.has_bom,
-            )
-            merged = planning.merge(
-                stamp=stamp,
-                form=form,
-                rerun_changed=job.rerun_changed,
-                manifest=str(job.manifest),
-                job=job.to_json(),
-                at=time.time(),
-            )
-            return reading, merged
-        finally:
-            planning.abandon()
-
-
-def _columns(job: Job, columns: list[str] | None) -> list[str] | None:
-    """The manifest's columns and those that its expansion adds."""
-    if columns is None:
-        return None
-    added = [job.map.get(axis.name, axis.name) for axis in job.axes]
-    if job.axes or job.repeat > 1:
-        added.append(job.map.get(ID, ID)) if job.map.get(ID, ID) in columns else None
-    return [*columns, *(name for name in added if name not in columns)]
-
-
-def _shown(manifest: Path | str) -> str:
-    """The manifest as messages name it: relative to the current folder where it lies below."""
-    path = Path(manifest)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def _stamp(job: Job) -> str | None:
-    """What tells an unchanged manifest: its size, time and hash, and the settings that read it.
-
-    None for standard input. Raises ManifestError when it cannot be read.
-    """
-    if not isinstance(job.manifest, Path):
-        return None
-    settings = {name: getattr(job, name) for name in _READING_SETTINGS}
-    try:
-        with job.manifest.open("rb") as file:
-            digest = sha256()
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        facts = job.manifest.stat()
-    except OSError as error:
-        from batchrun.model import Problem
-
-        problem = Problem(f"cannot be read: {error.strerror}; check the path", _shown(job.manifest))
-        raise errors.ManifestError([problem]) from error
-    settings_print = sha256(dumps(settings).encode()).hexdigest()[:16]
-    return dumps([facts.st_size, facts.st_mtime_ns, digest.hexdigest(), settings_print])
 
 
 def _root(group: BaseExceptionGroup[BaseException]) -> BaseException:

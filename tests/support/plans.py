@@ -11,8 +11,8 @@ from typing import Any, Self, TypeVar
 
 from batchrun.manifest.job import job_for
 from batchrun.model import Problem, Row, State
+from batchrun.plan.plan import plan
 from batchrun.plan.reading import Reading
-from batchrun.runner import plan
 from batchrun.store.planning import Merged, Planning
 from batchrun.store.store import Store
 from batchrun.tools.catalog import Catalog, load
