@@ -34,6 +34,8 @@ PAGE = 100
 MAX_PAGES = 50
 #: Between two readings of the listing.
 BETWEEN_S = 2.0
+#: Before a page that failed is asked for again.
+AGAIN_S = (0.2, 0.5, 1.0)
 
 
 class Listings(Protocol):
@@ -166,7 +168,7 @@ class Doubts:
         ours_expected = await self._knows_tasks()
         to_ours = ours_expected and any(begun_at >= case.lost_at + GRACE_S for case in cases)
         for _ in range(MAX_PAGES):
-            found = await self._client.list_tasks(start=start, limit=PAGE)
+            found = await self._page(start)
             start += len(found)  # a page may be shorter than asked for
             if not found:
                 # an empty page tells the end; right after a full one it may as well be a fault
@@ -182,6 +184,20 @@ class Doubts:
             if tool is not None and tasks[task_id].model_id:
                 self._models[tool].add(tasks[task_id].model_id)
         return Listing(list(tasks.values()), begun_at, to_the_end, claimed, ours_expected=ours_expected)
+
+    async def _page(self, start: int) -> list[Task]:
+        """A page of the listing; of a deep reading's many pages no single one should break it off."""
+        for again_s in AGAIN_S if start else ():
+            try:
+                return await self._client.list_tasks(start=start, limit=PAGE)
+            except (errors.CredentialsRefused, errors.NotFound):
+                raise
+            except errors.ServiceError as error:
+                asked_s = getattr(error, "retry_after_s", None) or 0.0
+                if asked_s > BETWEEN_S:
+                    raise
+                await anyio.sleep(max(again_s, asked_s))
+        return await self._client.list_tasks(start=start, limit=PAGE)
 
     async def _echoes(self, listing: Listing) -> bool:
         """Whether the newest task of ours shows what was sent: else no task's parameters prove anything."""

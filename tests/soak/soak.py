@@ -44,6 +44,9 @@ class Plan:
     kills: int = 100
     #: Seconds between a start and its kill.
     kill_after_s: tuple[float, float] = (1.5, 7.0)
+    #: Every so many starts live longer, so that doubts of killed ones come to their end.
+    long_every: int = 8
+    long_s: float = 30.0
     outages: int = 3
     outage_s: float = 10.0
     limits: tuple[int, ...] = (12, 64)
@@ -51,6 +54,8 @@ class Plan:
     faults: tuple[str, ...] = ("all=3%",)
     seconds: str = "0.05-0.6"
     stall_s: float = 4.0
+    #: Seconds that a 429 asks for: 6% of all submits meet one.
+    retry_after_s: int = 0
     #: A file system of this size for the run's folder, filled up once; None: no such trouble.
     disk_bytes: int | None = 1024 * 1024 * 1024
     #: What is run: the command, or the same with shorter waits in doubts.
@@ -127,6 +132,7 @@ class Soak:
         """Until all rows are done; raises TimeoutError when a start hangs."""
         plan, result = self.plan, self.result
         options: dict[str, Any] = {"slots": plan.slots, "stall_s": plan.stall_s, "seed": plan.seed}
+        options["retry_after_s"] = plan.retry_after_s
         async with Simulator(seconds=plan.seconds, faults=plan.faults, **options) as sim:
             for trouble in self._troubles():
                 code = await self._start(sim, trouble)
@@ -182,7 +188,8 @@ class Soak:
         if trouble is None:
             return
         self.result.stops[trouble.split()[0]] += 0
-        with anyio.move_on_after(self.rng.uniform(*plan.kill_after_s)):
+        is_long = self.result.starts % plan.long_every == 0
+        with anyio.move_on_after(plan.long_s if is_long else self.rng.uniform(*plan.kill_after_s)):
             await process.wait()
             return  # all done
         match trouble.split():

@@ -14,6 +14,7 @@ SHORT = Plan(
     kill_after_s=(0.8, 2.0),
     outages=1,
     outage_s=2.0,
+    long_every=1000,
     limits=(4, 16),
     slots=16,
     stall_s=2.0,

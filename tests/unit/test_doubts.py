@@ -128,6 +128,25 @@ async def test_a_list_in_short_pages_is_read_on_where_it_broke_off() -> None:
 
 
 @virtual_time
+async def test_a_deep_reading_does_not_break_off_over_a_page_that_fails() -> None:
+    class Stumbling(Account):
+        asked = 0
+
+        async def list_tasks(self, *, start: int = 0, limit: int = 100) -> list[Task]:
+            self.asked += 1
+            if start and self.asked % 2:  # every other page
+                raise errors.ServerFault("502")
+            return await super().list_tasks(start=start, limit=limit)
+
+    account = Stumbling(9, 10, *range(100, 2100), known=[9])
+    task = account.add(11, prompt="a cat")
+    async with settling(account) as doubts:
+        begun_at = anyio.current_time()
+        assert await doubts.settle(lost(), lost_at=begun_at, busy=never) == Adopt(task)
+        assert anyio.current_time() - begun_at < GRACE_S
+
+
+@virtual_time
 async def test_without_a_known_task_two_answers_after_the_grace_are_needed() -> None:
     account = Account(9, 10)
     async with settling(account) as doubts:
