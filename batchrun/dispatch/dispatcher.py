@@ -48,8 +48,10 @@ from batchrun.tools.bind import Binder
 DRAIN_S = 60.0
 #: A service that cannot be reached is waited for this long: a night.
 MAX_OUTAGE_S = 12 * 3600.0
-#: The newest task is asked for this long before the first submit.
-NEWEST_S = 15.0
+#: Before the first submit the newest task is asked for, this long while the service answers nothing at all.
+NEWEST_S = 45.0
+#: And again after this long.
+NEWEST_AGAIN_S = 0.5
 #: A task is given this long to end after it was told to.
 CANCEL_S = 10.0
 #: Rows claimed at once.
@@ -200,10 +202,17 @@ class Dispatcher:
             self._rows_scope.cancel()
 
     async def _ask_newest(self) -> None:
-        """Learn the newest task id: what is newer later may be a lost submit's. Submits wait for it."""
+        """Learn the newest task id: what is newer later may be a lost submit's. Submits wait for it.
+
+        A submit that is lost before the service ever gave an id or the time could not be told from older ones.
+        """
         try:
             with anyio.move_on_after(NEWEST_S):
-                self._submitter.learn_newest(await self._doubts.newest_task())
+                newest = await self._doubts.newest_task()
+                while newest is None and self._service.server_now() is None:
+                    await anyio.sleep(NEWEST_AGAIN_S)
+                    newest = await self._doubts.newest_task()
+                self._submitter.learn_newest(newest)
         except errors.CredentialsRefused as error:
             self.stop(str(error))
         finally:

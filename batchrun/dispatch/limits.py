@@ -18,6 +18,7 @@ from batchrun.rules.policy import BALANCE, MAX_ASKED_S, backoff_s
 #: Without knowledge of the account, begin with this many tasks and add one for each accepted.
 FIRST_LIMIT = 8
 #: After a refusal a higher limit is tried again after this long; twice as long each time that is refused too.
+#: Once it is accepted the limit grows as at the beginning: one refusal is often somebody else's short burst.
 PROBE_S = (1.0, 60.0)
 #: Waiters look at the clock this often: a probe or a reopening may be due.
 LOOK_S = 0.5
@@ -33,7 +34,7 @@ class Slots:
         self.limit = min(self.ceiling, fixed or known or FIRST_LIMIT)
         self.in_use = 0
         self._refusals = 0
-        #: Until the first refusal the limit grows with every task accepted.
+        #: Until a refusal, and again once one more was accepted, the limit grows with every task accepted.
         self._growing = fixed is None
         self._probing = False
         self._probe_wait_s = PROBE_S[0]
@@ -93,7 +94,7 @@ class Slots:
             self.limit += 1
             self._hand_out()
         elif self._probing and self.in_use >= self.limit:
-            self._probing = False
+            self._probing, self._growing = False, True
             self._probe_wait_s = PROBE_S[0]
             self._probe_at = anyio.current_time() + PROBE_S[0]
 

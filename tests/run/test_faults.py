@@ -106,6 +106,16 @@ async def test_a_slow_or_stumbling_listing_costs_time_and_nothing_else(tmp_path,
         check_complete(sim, tmp_path / "run", ROWS)
 
 
+async def test_nothing_is_submitted_before_the_service_has_told_an_id_or_its_time(tmp_path):
+    """A submit lost before that could not be told from an older one of the same request."""
+    async with Simulator(seconds=0.2, faults=["tool-reset", "list-reset@1,2", "run-reset@1,2"]) as sim:
+        facts = Facts()
+        outcome = await run_job(sim, job_of(write_rows(tmp_path / "m.csv", ROWS)), facts=facts)
+        assert outcome.exit_code == 0
+        assert facts.count(Fact.ADOPTED) == 2
+        check_complete(sim, tmp_path / "run", ROWS)
+
+
 @pytest.mark.parametrize(
     "fault",
     [

@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -54,6 +54,8 @@ class Plan:
     faults: tuple[str, ...] = ("all=3%",)
     seconds: str = "0.05-0.6"
     stall_s: float = 4.0
+    #: The service's list may show a task so late; shorter than the grace of a doubt.
+    late_s: float = 5.0
     #: Seconds that a 429 asks for: 6% of all submits meet one.
     retry_after_s: int = 0
     #: A file system of this size for the run's folder, filled up once; None: no such trouble.
@@ -131,18 +133,18 @@ class Soak:
     async def run(self) -> Result:
         """Until all rows are done; raises TimeoutError when a start hangs."""
         plan, result = self.plan, self.result
-        options: dict[str, Any] = {"slots": plan.slots, "stall_s": plan.stall_s, "seed": plan.seed}
-        options["retry_after_s"] = plan.retry_after_s
+        options: dict[str, Any] = {"slots": plan.slots, "stall_s": plan.stall_s, "late_s": plan.late_s}
+        options |= {"retry_after_s": plan.retry_after_s, "seed": plan.seed}
         async with Simulator(seconds=plan.seconds, faults=plan.faults, **options) as sim:
             for trouble in self._troubles():
                 code = await self._start(sim, trouble)
                 if code == 0:  # done before all troubles had their turn
                     break
-            for _ in range(20):
+            before, done = -1, self._done()
+            while result.exit_code != 0 and before < done:  # a start that brings nothing is the last one
                 with anyio.fail_after(PATIENCE_S):
                     result.exit_code = await self._start(sim, None)
-                if result.exit_code == 0:
-                    break
+                before, done = done, self._done()
             result.wall_s = time.monotonic() - self._begun_at
             result.struck = Counter(sim.struck)
             await anyio.to_thread.run_sync(self._weigh, sim)
@@ -177,7 +179,8 @@ class Soak:
             await process.wait()
         done = self._done()
         self.tell(
-            f"start {result.starts}, {trouble or 'no trouble'}: exit {process.returncode}, {done:,} rows done"
+            f"{time.monotonic() - self._begun_at:6.1f} s: start {result.starts}, {trouble or 'no trouble'}: "
+            f"exit {process.returncode}, {done:,} rows done"
         )
         if process.returncode == 3:
             result.stops[_why(lines)] += 1
@@ -194,30 +197,28 @@ class Soak:
             return  # all done
         match trouble.split():
             case ["kill"]:
-                process.kill()
+                _send(process, signal.SIGKILL)
             case ["outage"]:
                 await sim.go_dark()
                 await anyio.sleep(plan.outage_s)
                 await sim.come_back()
-                process.send_signal(signal.SIGTERM)
+                _send(process, signal.SIGTERM)
             case ["limit", slots]:
                 sim.slots = int(slots)
                 await anyio.sleep(2.0)
-                process.send_signal(signal.SIGINT)
+                _send(process, signal.SIGINT)
             case ["balance"]:
                 sim.balance_usd, before = Decimal(0), sim.balance_usd
                 with anyio.move_on_after(30.0):
                     await process.wait()
                 sim.balance_usd = before
-                if process.returncode is None:
-                    process.send_signal(signal.SIGTERM)
+                _send(process, signal.SIGTERM)
             case ["disk"]:
                 self._fill()
                 with anyio.move_on_after(30.0):
                     await process.wait()
                 self._ballast.unlink(missing_ok=True)
-                if process.returncode is None:
-                    process.kill()
+                _send(process, signal.SIGKILL)
         self.result.stops[trouble.split()[0]] += 1
 
     def _done(self) -> int:
@@ -314,6 +315,12 @@ async def _drain(process: anyio.abc.Process, lines: list[str]) -> None:
     assert process.stdout is not None
     async for chunk in process.stdout:
         lines[:] = [*lines, *chunk.decode(errors="replace").splitlines()][-40:]
+
+
+def _send(process: anyio.abc.Process, what: signal.Signals) -> None:
+    """Send a signal, unless the process has just ended by itself."""
+    with suppress(ProcessLookupError):
+        process.send_signal(what)
 
 
 def _why(lines: list[str]) -> str:
