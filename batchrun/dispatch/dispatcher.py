@@ -39,7 +39,7 @@ from batchrun.rules.policy import (
     charged,
     may_try_again,
 )
-from batchrun.rules.recovery import Step, next_step
+from batchrun.rules.recovery import Step, next_step, task_number
 from batchrun.rules.states import Event
 from batchrun.store.store import Store
 from batchrun.tools.bind import Binder
@@ -140,7 +140,7 @@ class Dispatcher:
         )
         self._gate = Gate(rng=rng)
         self._tracker = Tracker(service, rng=rng)
-        self._doubts = Doubts(service, store.known_tasks, store.knows_tasks, self._is_true_echo)
+        self._doubts = Doubts(service, store.known_tasks, store.known_task, self._is_true_echo)
         self._submitter = Submitter(
             store=store,
             service=service,
@@ -204,12 +204,14 @@ class Dispatcher:
     async def _ask_newest(self) -> None:
         """Learn the newest task id: what is newer later may be a lost submit's. Submits wait for it.
 
-        A submit that is lost before the service ever gave an id or the time could not be told from older ones.
+        A submit lost before the service ever told an id or the time could not be told from older ones.
         """
         try:
+            known = await self._store.known_task()
+            self._submitter.learn_newest(None if known is None else task_number(known))
             with anyio.move_on_after(NEWEST_S):
                 newest = await self._doubts.newest_task()
-                while newest is None and self._service.server_now() is None:
+                while newest is None and known is None and self._service.server_now() is None:
                     await anyio.sleep(NEWEST_AGAIN_S)
                     newest = await self._doubts.newest_task()
                 self._submitter.learn_newest(newest)

@@ -65,17 +65,17 @@ class Doubts:
         self,
         listings: Listings,
         known_tasks: Callable[[Collection[str]], Awaitable[Mapping[str, int | None]]],
-        knows_tasks: Callable[[], Awaitable[bool]],
+        known_task: Callable[[], Awaitable[str | None]],
         is_true_echo: Callable[[Task], Awaitable[bool]],
     ) -> None:
         """`known_tasks` tells which of some ids this run knows, each with its tool's number in the run.
 
-        `knows_tasks` tells whether it knows any at all, `is_true_echo` whether a known task shows what its
+        `known_task` tells one of all it knows, `is_true_echo` whether a known task shows what its
         row asked for.
         """
         self._client = listings
         self._known_tasks = known_tasks
-        self._knows_tasks = knows_tasks
+        self._known_task = known_task
         self._is_true_echo = is_true_echo
         self._cases: list[_Case] = []
         self._woken = anyio.Event()
@@ -165,7 +165,7 @@ class Doubts:
         """Read back to before the oldest doubt, and on to a task of ours where absence may be concluded."""
         tasks: dict[str, Task] = {}
         to_the_end, was_full, start = False, False, 0
-        ours_expected = await self._knows_tasks()
+        ours_expected = await self._known_task() is not None
         to_ours = ours_expected and any(begun_at >= case.lost_at + GRACE_S for case in cases)
         for _ in range(MAX_PAGES):
             found = await self._page(start)

@@ -585,10 +585,11 @@ class Store:
             ]
         )
 
-    async def knows_tasks(self) -> bool:
-        """Whether this run knows any task by its id."""
-        query = "SELECT EXISTS (SELECT 1 FROM attempts WHERE task_id IS NOT NULL)"
-        return bool(await self._read(lambda connection: read_value(connection, query)))
+    async def known_task(self) -> str | None:
+        """The id of a task of this run, the newest where ids are equally long; None when none is known."""
+        query = "SELECT max(task_id) FROM attempts"
+        found: str | None = await self._read(lambda connection: read_value(connection, query))
+        return found
 
     async def row_of_task(self, task_id: str) -> Row | None:
         """The row that asked for a task, None when it has asked for something else since, or is not known."""

@@ -116,6 +116,19 @@ async def test_nothing_is_submitted_before_the_service_has_told_an_id_or_its_tim
         check_complete(sim, tmp_path / "run", ROWS)
 
 
+async def test_a_later_start_tells_a_lost_submit_by_the_tasks_it_knows(tmp_path, monkeypatch):
+    """Even where the service has said nothing yet."""
+    monkeypatch.setattr("batchrun.dispatch.dispatcher.NEWEST_S", 0.5)
+    async with Simulator(seconds=0.2) as sim:
+        await run_job(sim, job_of(write_rows(tmp_path / "m.csv", 1)))
+        sim.faults = ["tool-reset", "list-reset@1,2,3", "run-reset@1,2"]
+        facts = Facts()
+        outcome = await run_job(sim, job_of(write_rows(tmp_path / "m.csv", ROWS)), facts=facts)
+        assert outcome.exit_code == 0
+        assert facts.count(Fact.ADOPTED) == 2
+        check_complete(sim, tmp_path / "run", ROWS)
+
+
 @pytest.mark.parametrize(
     "fault",
     [

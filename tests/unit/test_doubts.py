@@ -46,8 +46,8 @@ class Account:
     async def known_tasks(self, task_ids: Collection[str]) -> dict[str, int | None]:
         return dict.fromkeys(self.known & set(task_ids), 1)
 
-    async def knows_tasks(self) -> bool:
-        return bool(self.known)
+    async def known_task(self) -> str | None:
+        return max(self.known, default=None)
 
     async def is_true_echo(self, task: Task) -> bool:
         return not self.garbles
@@ -55,7 +55,7 @@ class Account:
 
 @asynccontextmanager
 async def settling(account: Account) -> AsyncIterator[Doubts]:
-    doubts = Doubts(account, account.known_tasks, account.knows_tasks, account.is_true_echo)
+    doubts = Doubts(account, account.known_tasks, account.known_task, account.is_true_echo)
     async with anyio.create_task_group() as group:
         group.start_soon(doubts.run)
         yield doubts
@@ -366,10 +366,10 @@ async def test_a_doubt_that_nobody_waits_for_any_more_is_not_read_for() -> None:
 @virtual_time
 async def test_the_newest_task_is_the_highest_number_the_list_shows() -> None:
     account = Account(9, 10)
-    doubts = Doubts(account, account.known_tasks, account.knows_tasks, account.is_true_echo)
+    doubts = Doubts(account, account.known_tasks, account.known_task, account.is_true_echo)
     assert await doubts.newest_task() == 10
     assert (
-        await Doubts(Account(), account.known_tasks, account.knows_tasks, account.is_true_echo).newest_task()
+        await Doubts(Account(), account.known_tasks, account.known_task, account.is_true_echo).newest_task()
         == 0
     )
     account.trouble = lambda: errors.ServerFault("502")
@@ -387,6 +387,6 @@ async def test_ids_that_are_no_numbers_of_ours_do_not_count_as_newest() -> None:
 
     account = Forged()
     assert (
-        await Doubts(account, account.known_tasks, account.knows_tasks, account.is_true_echo).newest_task()
+        await Doubts(account, account.known_tasks, account.known_task, account.is_true_echo).newest_task()
         == 12
     )
