@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo sim test test-fast soak crash cov fuzz lint fmt types check docs clean
+.PHONY: help install demo sim test test-fast soak crash cov bench fuzz lint fmt types check docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,11 +42,16 @@ cov: $(READY)  ## run all tests and show what they do not reach
 	$(BIN)/pip install --quiet pytest-cov
 	$(BIN)/pytest -n 6 --dist worksteal --cov=batchrun --cov-report=term-missing:skip-covered
 
-FUZZ = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["fuzz"])
+GROUP = import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"][sys.argv[1]])
+
+bench: $(READY)  ## measure what batchrun costs and how well it uses its time; draws the plots anew
+	@$(BIN)/python -c 'import matplotlib, uvloop' 2>/dev/null \
+	  || $(BIN)/pip install --quiet --disable-pip-version-check uvloop $$($(BIN)/python -c '$(GROUP)' bench)
+	$(BIN)/python -m bench
 
 fuzz: $(READY)  ## fuzz every parser for FUZZ_SECONDS each (60), guided by coverage
 	@$(BIN)/python -c 'import atheris' 2>/dev/null \
-	  || $(BIN)/pip install --quiet --disable-pip-version-check --only-binary :all: $$($(BIN)/python -c '$(FUZZ)') \
+	  || $(BIN)/pip install --quiet --disable-pip-version-check --only-binary :all: $$($(BIN)/python -c '$(GROUP)' fuzz) \
 	  || { echo "make fuzz needs atheris, which has no wheel for this Python or system; nothing was fuzzed"; exit 1; }
 	$(BIN)/python -m fuzz
 

@@ -1,0 +1,52 @@
+"""`make bench`: every measurement in turn; `python -m bench NAME...` for some of them.
+
+Each prints its table, and leaves its figures in docs/performance/NAME.json. Ratios and counts compare what was
+measured side by side in one round; seconds tell as much about the machine as about us.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from bench.figures import Figure, table
+
+#: A module of this package each, with `measure() -> list[Figure]`.
+NAMES = ("startup", "following", "slots", "rows", "downloads", "manifest")
+RESULTS = Path("docs/performance")
+
+
+def main(names: Iterable[str]) -> int:
+    """Measure these, or all; returns the exit code: 2 for an unknown name."""
+    chosen = list(names) or list(NAMES)
+    if unknown := [name for name in chosen if name not in NAMES]:
+        print(f"no measurement is called {unknown[0]}; there are {', '.join(NAMES)}", file=sys.stderr)
+        return 2
+    for name in chosen:
+        print(f"## {name}\n", flush=True)
+        figures: list[Figure] = importlib.import_module(f"bench.{name}").measure()
+        print(table(figures) + "\n", flush=True)
+        _keep(name, figures)
+    return 0
+
+
+def _keep(name: str, figures: list[Figure]) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    record = {
+        "measured": datetime.now(UTC).date().isoformat(),
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "command": f"python -m bench {name}",
+        "figures": [figure.to_json() for figure in figures],
+    }
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
