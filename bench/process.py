@@ -54,7 +54,7 @@ class Wiro:
         self.env = {
             **{name: value for name, value in os.environ.items() if not name.startswith("WIRO_")},
             "WIRO_API_KEY": told["key"],
-            "WIRO_API_SECRET": told["secret"],
+            "WIRO_API_SECRET": told["secret"] or "",
             "WIRO_API_BASE_URL": told["base_url"],
             "WIRO_SOCKET_URL": told["socket_url"],
         }

@@ -296,7 +296,8 @@ class Dispatcher:
         stopping = False
         told: str | None = None
         while True:
-            self._progress.active, self._progress.limit = self._slots.in_use, self._slots.limit
+            self._progress.active = self._slots.in_use
+            self._progress.limit = max(self._slots.limit, self._slots.in_use)
             if told != self._gate.reason:
                 told = self._gate.reason
                 self._progress.paused = self._why_waiting(told)

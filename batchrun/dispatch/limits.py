@@ -17,15 +17,27 @@ from batchrun.rules.policy import BALANCE, MAX_ASKED_S, backoff_s
 
 #: Without knowledge of the account, begin with this many tasks and add one for each accepted.
 FIRST_LIMIT = 8
-#: After a refusal a higher limit is tried again after this long; twice as long each time that is refused too.
-#: Once it is accepted the limit grows as at the beginning: one refusal is often somebody else's short burst.
-PROBE_S = (1.0, 60.0)
-#: Waiters look at the clock this often: a probe or a reopening may be due.
+#: Waiters look at the clock this often: a try or a reopening may be due.
 LOOK_S = 0.5
+#: Where the account is full a submit is tried so often for each that is accepted: Run itself tells of a free
+#: slot sooner than looks at tasks do. Tries that find none grow rarer, down to the second number.
+TRIES = (2.2, 0.25)
+#: Between two tries: the first wait while nothing was accepted, the shortest and the longest one, in seconds.
+TRY_S = (1.0, 0.01, 60.0)
+#: The pace of accepted submits is that of the newest so many.
+PACE_OF = 16
+#: What is held for so long is allowed: the limit rises to it.
+RAISE_S = 5.0
+#: How long the limit that the service names is taken at its word.
+TOLD_S = 60.0
 
 
 class Slots:
-    """At most `limit` tasks active at the service; the limit follows what the service allows."""
+    """At most `limit` tasks active at the service; the limit follows what the service allows.
+
+    Where it refuses more (code 96), one submit at a time is tried beyond the limit: tasks may have ended that
+    nobody has looked at yet, or more may be allowed by now.
+    """
 
     def __init__(
         self, *, fixed: int | None, ceiling: int, known: int | None = None, rng: Random | None = None
@@ -34,30 +46,40 @@ class Slots:
         self.limit = min(self.ceiling, fixed or known or FIRST_LIMIT)
         self.in_use = 0
         self._refusals = 0
-        #: Until a refusal, and again once one more was accepted, the limit grows with every task accepted.
+        #: Until the first refusal the limit grows with every task accepted.
         self._growing = fixed is None
-        self._probing = False
-        self._probe_wait_s = PROBE_S[0]
-        self._probe_at = float("inf")
+        self._tries = _Tries(rng or Random())
+        #: The least that was held since `_low_since`.
+        self._low, self._low_since = 0, 0.0
+        #: The limit that the service named, and until when that is believed.
+        self._told, self._told_until = self.ceiling, 0.0
         self._closed_until = 0.0
-        self._waiting: deque[anyio.Event] = deque()
+        self._waiting: deque[_Waiter] = deque()
         self._rng = rng or Random()
 
-    async def take(self) -> None:
-        """Wait for a slot and hold it; first come, first served."""
-        turn = anyio.Event()
-        self._waiting.append(turn)
+    async def take(self, *, first: bool = False) -> None:
+        """Wait for a slot and hold it; first come, first served, but `first` is served before all others."""
+        waiter = _Waiter()
+        if first:
+            self._waiting.appendleft(waiter)
+        else:
+            self._waiting.append(waiter)
         self._hand_out()
         try:
-            while not turn.is_set():
-                with anyio.move_on_after(LOOK_S):
-                    await turn.wait()
+            while not waiter.is_served:
+                waiter.woken = anyio.Event()
+                is_first = self._waiting[0] is waiter
+                with anyio.move_on_after(
+                    self._look_s() if is_first else None
+                ):  # the first one watches the clock
+                    await waiter.woken.wait()
                 self._hand_out()
         except BaseException:
-            if turn.is_set():  # handed to us on the way out
+            if waiter.is_served:  # on the way out
                 self.give()
             else:
-                self._waiting.remove(turn)
+                self._waiting.remove(waiter)
+                self._wake_first()
             raise
 
     def take_anyway(self) -> None:
@@ -67,52 +89,128 @@ class Slots:
     def give(self) -> None:
         """Give a slot back."""
         self.in_use -= 1
+        self._low = min(self._low, self.in_use)
+        if self.in_use <= self.limit:
+            self._tries.over(anyio.current_time())
         self._hand_out()
 
     def refused(self, told: int | None) -> None:
         """Code 96: the service has no slot for the caller, who still holds one of ours.
 
-        Others may use the account too, so the limit becomes what we were able to hold; more is tried soon,
-        and ever later while that is refused.
+        Others may use the account too, so the limit becomes what we were able to hold, the service's own
+        number at most.
         """
         now = anyio.current_time()
         self._refusals += 1
         self._growing = False
         held = self.in_use - 1
-        self.limit = max(1, min(self.limit, held, told if told is not None else held))
-        self._probe_wait_s = min(PROBE_S[1], self._probe_wait_s * 2) if self._probing else PROBE_S[0]
-        self._probing = False
-        self._probe_at = now + self._probe_wait_s * self._rng.uniform(0.75, 1.25)
+        if told is not None:
+            self._told, self._told_until = max(1, told), now + TOLD_S
+        self.limit = max(1, min(self.limit, held, self._most(now)))
+        self._tries.refused(now)
         if held <= 0:  # nothing of ours will end and wake us: try again after a while
             wait_s = backoff_s(min(self._refusals, 5), base_s=2.0, cap_s=30.0, rng=self._rng)
             self._closed_until = now + max(0.5, wait_s)
+        self._wake_first()
 
     def accepted(self) -> None:
         """A submit was accepted: the service is not full."""
         self._refusals = 0
+        self._tries.accepted(anyio.current_time())
         if self._growing and self.limit < self.ceiling:
             self.limit += 1
-            self._hand_out()
-        elif self._probing and self.in_use >= self.limit:
-            self._probing, self._growing = False, True
-            self._probe_wait_s = PROBE_S[0]
-            self._probe_at = anyio.current_time() + PROBE_S[0]
+        self._hand_out()
+        self._wake_first()
+
+    def _most(self, now: float) -> int:
+        return min(self.ceiling, self._told) if now < self._told_until else self.ceiling
 
     def _free(self) -> bool:
         now = anyio.current_time()
         if now < self._closed_until:
             return False
-        # one more at a time, and the next only once that one was tried: slots may wait long at the gate
-        may_probe = not self._probing and now >= self._probe_at
-        if self.in_use >= self.limit and self.limit < self.ceiling and may_probe:
-            self.limit += 1
-            self._probing = True
-        return self.in_use < self.limit
+        if now - self._low_since >= RAISE_S:
+            self.limit = max(self.limit, min(self._low, self._most(now)))
+            self._low, self._low_since = self.in_use, now
+        if self.in_use < self.limit:
+            return True
+        return not self._growing and self.in_use < self.ceiling and self._tries.begin(now)
 
     def _hand_out(self) -> None:
         while self._waiting and self._free():
             self.in_use += 1
-            self._waiting.popleft().set()
+            self._waiting.popleft().serve()
+            self._wake_first()
+
+    def _wake_first(self) -> None:
+        if self._waiting:
+            self._waiting[0].woken.set()
+
+    def _look_s(self) -> float:
+        """Seconds until something may be due."""
+        if self._growing or self.in_use >= self.ceiling:
+            return LOOK_S
+        return min(LOOK_S, max(TRY_S[1], self._tries.due_at - anyio.current_time()))
+
+
+class _Waiter:
+    """Somebody in the queue for a slot."""
+
+    def __init__(self) -> None:
+        self.is_served = False
+        self.woken = anyio.Event()
+
+    def serve(self) -> None:
+        """Hand a slot over."""
+        self.is_served = True
+        self.woken.set()
+
+
+class _Tries:
+    """When one submit more is tried than the account is known to allow."""
+
+    def __init__(self, rng: Random) -> None:
+        self.due_at = float("inf")
+        self._is_trying = False
+        self._per_accepted = TRIES[0]
+        self._accepted_at: deque[float] = deque(maxlen=PACE_OF)
+        self._rng = rng
+
+    def begin(self, now: float) -> bool:
+        """Whether one is due; one at a time, for it may wait long before it is sent."""
+        if self._is_trying or now < self.due_at:
+            return False
+        self._is_trying = True
+        return True
+
+    def refused(self, now: float) -> None:
+        """A submit was refused, a try or any other."""
+        if not self._accepted_at:
+            self._accepted_at.append(now)  # nothing was: waits grow from here
+        if self._is_trying:
+            self._per_accepted = max(TRIES[1], self._per_accepted * 0.9)
+        self._plan(now)
+
+    def accepted(self, now: float) -> None:
+        """A submit was accepted."""
+        self._accepted_at.append(now)
+        if self._is_trying:
+            self._per_accepted = min(TRIES[0], self._per_accepted * 1.5)
+        if self.due_at < float("inf"):
+            self._plan(now)
+
+    def over(self, now: float) -> None:
+        """No try is under way any more, whatever came of it."""
+        if self._is_trying:
+            self._plan(now)
+
+    def _plan(self, now: float) -> None:
+        newest, oldest = self._accepted_at[-1], self._accepted_at[0]
+        count = len(self._accepted_at) - 1
+        pace_s = (newest - oldest) / count if count else TRY_S[0]
+        wait_s = max(pace_s, now - newest) / self._per_accepted
+        self._is_trying = False
+        self.due_at = now + min(TRY_S[2], max(TRY_S[1], wait_s)) * self._rng.uniform(0.75, 1.25)
 
 
 class Slot:
@@ -121,12 +219,19 @@ class Slot:
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
         self._held = False
+        #: The service had no slot for it though we had: its turn comes first.
+        self._was_refused = False
 
     async def take(self) -> None:
         """Wait for a slot unless one is held."""
         if not self._held:
-            await self._slots.take()
-            self._held = True
+            await self._slots.take(first=self._was_refused)
+            self._held, self._was_refused = True, False
+
+    def refused(self, told: int | None) -> None:
+        """The service refused the submit (code 96); `told` is the limit it named."""
+        self._slots.refused(told)
+        self._was_refused = True
 
     def take_anyway(self) -> None:
         """Hold a slot for a task that may be active already, even beyond the limit."""

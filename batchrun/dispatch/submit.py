@@ -214,7 +214,7 @@ class Submitter:
         if is_unsound:
             wait_s = self._rng.uniform(0.1, 1.0) + backoff_s(own_times, base_s=0.5, cap_s=60.0, rng=self._rng)
         else:
-            wait_s = await self._learn(decision, probe=probe)
+            wait_s = await self._learn(decision, slot, probe=probe)
         if wait_s:
             slot.give()
             with self._sign.wait():
@@ -229,12 +229,12 @@ class Submitter:
         self._missing_tools[row.tool] = decision.failure if confirmed else None
         return confirmed
 
-    async def _learn(self, decision: SubmitDecision, *, probe: bool) -> float:
+    async def _learn(self, decision: SubmitDecision, slot: Slot, *, probe: bool) -> float:
         """Let every row know what a refusal says of the service; returns this row's own wait in seconds."""
         match decision:
             case WaitForSlot():
                 self._gate.open()
-                self._slots.refused(decision.limit)
+                slot.refused(decision.limit)
                 if decision.limit is not None:
                     await self._store.adopt_limit(decision.limit)
                 self._progress.announce(Fact.LIMIT, limit=self._slots.limit, told=decision.limit)

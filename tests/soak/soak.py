@@ -151,13 +151,14 @@ class Soak:
         return result
 
     def _troubles(self) -> Iterator[str]:
-        """One for each start, the kills spread among the others."""
+        """One for each start, the kills spread among the others; the limits change in their order."""
         plan = self.plan
-        others = ["outage"] * plan.outages + [f"limit {slots}" for slots in plan.limits] + ["balance"]
+        others = ["outage"] * plan.outages + ["limit"] * len(plan.limits) + ["balance"]
         others += ["disk"] if plan.disk_bytes else []
         troubles = ["kill"] * plan.kills + others
         self.rng.shuffle(troubles)
-        yield from troubles
+        limits = iter(plan.limits)
+        yield from (f"limit {next(limits)}" if trouble == "limit" else trouble for trouble in troubles)
 
     async def _start(self, sim: Simulator, trouble: str | None) -> int | None:
         """Start the command; None when it was killed."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.dispatch.limits import FIRST_LIMIT, PROBE_S, Gate, Slot, Slots
+from batchrun.dispatch.limits import FIRST_LIMIT, TRY_S, Gate, Slot, Slots
 from batchrun.rules.policy import BALANCE, MAX_ASKED_S, RATE_LIMITED, UNREACHABLE
 from tests.support.clock import run_with_virtual_time, virtual_time
 
@@ -189,15 +189,15 @@ async def test_after_a_refusal_more_is_tried_soon_and_ever_later_while_it_is_ref
     slots.refused(5)
     slots.give()
     waits = []
-    for _ in range(8):
+    for _ in range(16):
         begun_at = anyio.current_time()
-        await slots.take()  # the sixth: a probe
+        await slots.take()  # the sixth: a try
         waits.append(anyio.current_time() - begun_at)
         slots.refused(5)
         slots.give()
-    assert waits[0] <= 2 * PROBE_S[0]
-    assert waits[3] > waits[0]
-    assert PROBE_S[1] / 2 <= waits[-1] <= 2 * PROBE_S[1]
+    assert waits[0] <= 2 * TRY_S[0]
+    assert waits[5] > waits[0]
+    assert TRY_S[2] / 2 <= waits[-1] <= 2 * TRY_S[2]
 
 
 @virtual_time
@@ -254,24 +254,26 @@ class Account:
         self.asked = 0
         self.refused = 0
 
-    async def run_rows(self, slots: Slots, rows: int, seconds: float) -> None:
-        """What the dispatcher does, in short."""
+    async def run_rows(self, slots: Slots, rows: int, seconds: float, *, unseen_s: float = 0.0) -> None:
+        """What the dispatcher does, in short; ends are seen so much later."""
 
         async def row() -> None:
+            slot = Slot(slots)
             while True:
-                await slots.take()
+                await slot.take()
                 await anyio.sleep(0.05)  # the request
                 self.asked += 1
                 if self.active < self.limit:
                     break
                 self.refused += 1
-                slots.refused(self.limit if self.tells else None)
-                slots.give()
+                slot.refused(self.limit if self.tells else None)
+                slot.give()
             self.active += 1
             slots.accepted()
             await anyio.sleep(seconds)
             self.active -= 1
-            slots.give()
+            await anyio.sleep(unseen_s)
+            slot.give()
 
         async with anyio.create_task_group() as group:
             for _ in range(rows):
@@ -292,6 +294,87 @@ async def test_runs_that_share_an_account_fill_it_without_a_storm(runs: int, tel
     at_best_s = runs * rows * seconds / account.limit
     assert took_s < 1.5 * at_best_s + 60
     assert account.refused < 0.5 * runs * rows
+
+
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize("limit", [5, 32])
+@virtual_time
+async def test_a_free_slot_is_found_by_trying_long_before_the_end_of_its_task_is_seen(
+    limit: int, tells: bool
+) -> None:
+    account = Account(limit, tells=tells)
+    rows, seconds = 40 * limit, 10.0
+    begun_at = anyio.current_time()
+    await account.run_rows(slots_of(), rows, seconds, unseen_s=5.0)
+    took_s = anyio.current_time() - begun_at - 5.0
+    at_best_s = rows * seconds / limit
+    assert took_s < 1.25 * at_best_s  # 1.5 without tries
+    assert account.refused < 1.5 * rows
+
+
+@virtual_time
+async def test_a_try_that_is_neither_accepted_nor_refused_is_not_the_last() -> None:
+    slots = slots_of()
+    for _ in range(3):
+        slots.take_anyway()
+    slots.refused(2)
+    slots.give()
+    for _ in range(5):
+        with anyio.fail_after(60):
+            await slots.take()
+        slots.give()  # its answer was lost, say
+
+
+@virtual_time
+async def test_tries_that_find_nothing_grow_rare() -> None:
+    """Where ends are seen at once there is nothing to find."""
+    account = Account(8, tells=True)
+    await account.run_rows(slots_of(), 400, 10.0)
+    assert account.refused < 0.5 * 400
+
+
+@virtual_time
+async def test_a_refused_row_keeps_its_place_in_the_queue() -> None:
+    slots = slots_of()
+    for _ in range(2):
+        slots.take_anyway()
+    slots.refused(2)
+    order: list[str] = []
+    refused = Slot(slots)
+
+    async def wait(name: str, slot: Slot) -> None:
+        await slot.take()
+        order.append(name)
+        slots.accepted()
+
+    async with anyio.create_task_group() as group:
+        await refused.take()
+        group.start_soon(wait, "behind", Slot(slots))
+        await anyio.sleep(0.01)
+        refused.refused(2)
+        refused.give()
+        group.start_soon(wait, "refused", refused)
+    assert order == ["refused", "behind"]
+
+
+@virtual_time
+async def test_what_is_held_for_a_while_is_allowed_but_no_more_than_the_service_said() -> None:
+    for told, limit in ((None, 6), (4, 4)):
+        slots = slots_of()
+        for _ in range(4):
+            slots.take_anyway()
+        slots.refused(told)
+        slots.take_anyway()
+        slots.take_anyway()
+        slots.take_anyway()  # found by tries
+        with anyio.move_on_after(20):
+            await slots.take()
+            slots.accepted()
+            await anyio.sleep(20)
+        slots.give()
+        with anyio.move_on_after(1):
+            await slots.take()
+        assert slots.limit >= limit if told is None else slots.limit == limit
 
 
 @virtual_time

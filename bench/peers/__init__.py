@@ -1,0 +1,1 @@
+"""What a user would write instead: it stands beside batchrun in the measurements."""

@@ -1,0 +1,102 @@
+"""How full the account's slots are kept, where the service queues tasks and where it answers code 96.
+
+Utilisation is the time that the same tasks would take if every slot were given to the next one at once (list
+scheduling in their order), over the time that passed from the start of the process to the last image on disk.
+"""
+
+from __future__ import annotations
+
+import heapq
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.figures import Figure
+from bench.process import Cost, Wiro, batchrun, run, simulator
+
+SLOTS = 32
+ROWS = 500
+MANY = 5000
+#: Median and 95th percentile of the tasks' durations, in seconds.
+SECONDS = "lognormal:0.9:2.0"
+
+
+def measure() -> list[Figure]:
+    """Both kinds of service, and beside them a script with a semaphore."""
+    figures = []
+    for title, kind, rows, least in (
+        ("queueing", ("--queue",), ROWS, 0.97),
+        ("code 96", (), ROWS, 0.96),
+        ("queueing", ("--queue",), MANY, 0.99),
+        ("code 96", (), MANY, 0.99),
+    ):
+        with tempfile.TemporaryDirectory() as name, simulator(*_service(kind)) as wiro:
+            place = Path(name)
+            write_manifest(place / "m.csv", rows)
+            # what the account allows is found out by trying: no --concurrency
+            command = batchrun(
+                *("run", "m.csv", "--tool", "Retro-Cartoons", "--set", "samples=1", "--out", "run"),
+                *("--no-display", "--max-concurrency", str(2 * SLOTS)),
+            )
+            cost = run(command, env=wiro.env, cwd=place, log=place / "log")
+            if cost.exit_code:
+                raise RuntimeError((place / "log").read_text())
+            figures += _figures(f"{rows:,} rows, {title}", wiro, place / "run/images", cost, rows, least)
+    for poll_s in (3.0, 0.5):
+        with tempfile.TemporaryDirectory() as name, simulator(*_service(("--queue", "--key-only"))) as wiro:
+            place = Path(name)
+            command = [sys.executable, "-m", "bench.peers.gather", ROWS, SLOTS, poll_s, place / "images"]
+            cost = run([str(part) for part in command], env=wiro.env, cwd=Path.cwd())
+            title = f"{ROWS:,} rows, gather and semaphore, a look every {poll_s:g} s"
+            figures += _figures(title, wiro, place / "images", cost, ROWS, None)
+    return figures
+
+
+def _service(kind: Iterable[str]) -> list[str]:
+    return ["--slots", str(SLOTS), "--seconds", SECONDS, "--seed", "1", *kind]
+
+
+def write_manifest(path: Path, rows: int) -> None:
+    """Rows that differ in prompt and seed."""
+    lines = (f"r{number},a fox {number},{number + 1}\n" for number in range(rows))
+    path.write_text("id,prompt,seed\n" + "".join(lines), encoding="utf-8")
+
+
+def _figures(
+    title: str, wiro: Wiro, images: Path, cost: Cost, rows: int, least: float | None
+) -> list[Figure]:
+    tasks, stats = wiro.ask("tasks"), wiro.ask("stats")
+    if len(tasks) != rows or stats["needless"]:
+        raise RuntimeError(f"{title}: {len(tasks)} tasks for {rows} rows")
+    last_at = max(path.stat().st_mtime for path in images.rglob("*.*") if path.suffix != ".jsonl")
+    utilisation = makespan_s(durations_s(tasks), SLOTS) / (last_at - cost.begun_at)
+    requests = stats["requests"]
+    looks = (requests.get("detail", 0) + requests.get("list", 0)) / rows
+    is_ours = least is not None
+    return [
+        Figure(f"{title}: utilisation", utilisation, "ratio", least, ">="),
+        Figure(f"{title}: looks", looks, "a task", 3 if is_ours else None, "<=", "Details and List pages"),
+        Figure(
+            f"{title}: refusals",
+            stats["refusals"].get("96", 0) / rows,
+            "a task",
+            1.5 if is_ours else None,
+            "<=",
+            "answers of code 96",
+        ),
+    ]
+
+
+def durations_s(tasks: Sequence[Mapping[str, Any]]) -> list[float]:
+    """How long each task ran, in the order in which they were made."""
+    return [task["ended_at"] - task["started_at"] for task in tasks]
+
+
+def makespan_s(durations: Iterable[float], slots: int) -> float:
+    """How long list scheduling takes: each task in its order goes to the slot that is free first."""
+    free_at = [0.0] * slots
+    for seconds in durations:
+        heapq.heapreplace(free_at, free_at[0] + seconds)
+    return max(free_at)
