@@ -12,12 +12,13 @@ import os
 import platform
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench.figures import Figure, table
+from bench.figures import Figure, Series, table
 
-#: A module of this package each, with `measure() -> list[Figure]`.
+#: A module of this package each, with `measure() -> list[Figure | Series]`.
 NAMES = ("startup", "following", "slots", "rows", "downloads", "manifest")
 RESULTS = Path("docs/performance")
 
@@ -30,13 +31,14 @@ def main(names: Iterable[str]) -> int:
         return 2
     for name in chosen:
         print(f"## {name}\n", flush=True)
-        figures: list[Figure] = importlib.import_module(f"bench.{name}").measure()
+        found: list[Figure | Series] = importlib.import_module(f"bench.{name}").measure()
+        figures = [one for one in found if isinstance(one, Figure)]
         print(table(figures) + "\n", flush=True)
-        _keep(name, figures)
+        _keep(name, figures, [one for one in found if isinstance(one, Series)])
     return 0
 
 
-def _keep(name: str, figures: list[Figure]) -> None:
+def _keep(name: str, figures: list[Figure], series: list[Series]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     record = {
         "measured": datetime.now(UTC).date().isoformat(),
@@ -44,6 +46,7 @@ def _keep(name: str, figures: list[Figure]) -> None:
         "cores": os.cpu_count(),
         "command": f"python -m bench {name}",
         "figures": [figure.to_json() for figure in figures],
+        "series": [asdict(one) for one in series],
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -1,9 +1,9 @@
-"""Figures: one measured number each, beside the target it is held against."""
+"""Figures: one measured number each, beside the target it is held against; and series of points to be drawn."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 _HOLDS: dict[str, Callable[[float, float], bool]] = {"<=": operator.le, ">=": operator.ge}
@@ -31,6 +31,17 @@ class Figure:
     def to_json(self) -> dict[str, object]:
         """The figure, and whether its target is met."""
         return {**asdict(self), "met": self.is_met}
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Points of one line in one plot."""
+
+    plot: str
+    name: str
+    x: str
+    y: str
+    points: Sequence[tuple[float, float]]
 
 
 def table(figures: Iterable[Figure]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.figures import Figure
+from bench.figures import Figure, Series
 from bench.process import Cost, Wiro, batchrun, run, simulator
 
 SLOTS = 32
@@ -23,9 +23,9 @@ MANY = 5000
 SECONDS = "lognormal:0.9:2.0"
 
 
-def measure() -> list[Figure]:
+def measure() -> list[Figure | Series]:
     """Both kinds of service, and beside them a script with a semaphore."""
-    figures = []
+    figures: list[Figure | Series] = []
     for title, kind, rows, least in (
         ("queueing", ("--queue",), ROWS, 0.97),
         ("code 96", (), ROWS, 0.96),
@@ -66,12 +66,12 @@ def write_manifest(path: Path, rows: int) -> None:
 
 def _figures(
     title: str, wiro: Wiro, images: Path, cost: Cost, rows: int, least: float | None
-) -> list[Figure]:
+) -> list[Figure | Series]:
     tasks, stats = wiro.ask("tasks"), wiro.ask("stats")
     if len(tasks) != rows or stats["needless"]:
         raise RuntimeError(f"{title}: {len(tasks)} tasks for {rows} rows")
-    last_at = max(path.stat().st_mtime for path in images.rglob("*.*") if path.suffix != ".jsonl")
-    utilisation = makespan_s(durations_s(tasks), SLOTS) / (last_at - cost.begun_at)
+    saved_at = sorted(path.stat().st_mtime for path in images.rglob("*.*") if path.suffix != ".jsonl")
+    utilisation = makespan_s(durations_s(tasks), SLOTS) / (saved_at[-1] - cost.begun_at)
     requests = stats["requests"]
     looks = (requests.get("detail", 0) + requests.get("list", 0)) / rows
     is_ours = least is not None
@@ -86,7 +86,13 @@ def _figures(
             "<=",
             "answers of code 96",
         ),
+        *([_over_time(title, saved_at, cost.begun_at)] if rows == ROWS else []),
     ]
+
+
+def _over_time(title: str, saved_at: Sequence[float], begun_at: float) -> Series:
+    points = [(round(at - begun_at, 2), count) for count, at in enumerate(saved_at, 1)]
+    return Series("images over time", title.partition(", ")[2], "s", "images on disk", points[::5])
 
 
 def durations_s(tasks: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 #: So many submits in a row without a sound answer, over all rows, are an outage.
-OUTAGE = 4
+OUTAGE = 6
 #: A row that alone met trouble so often, others being answered each time, and for so long, is given up.
 BAD_ROW = 6
 BAD_ROW_S = 600.0

@@ -151,14 +151,14 @@ class Soak:
         return result
 
     def _troubles(self) -> Iterator[str]:
-        """One for each start, the kills spread among the others; the limits change in their order."""
+        """One for each start, the kills spread among the others; the limits change around the middle."""
         plan = self.plan
-        others = ["outage"] * plan.outages + ["limit"] * len(plan.limits) + ["balance"]
-        others += ["disk"] if plan.disk_bytes else []
+        others = ["outage"] * plan.outages + ["balance"] + (["disk"] if plan.disk_bytes else [])
         troubles = ["kill"] * plan.kills + others
         self.rng.shuffle(troubles)
-        limits = iter(plan.limits)
-        yield from (f"limit {next(limits)}" if trouble == "limit" else trouble for trouble in troubles)
+        for number, slots in enumerate(plan.limits):
+            troubles.insert(len(troubles) // 2 + 10 * number, f"limit {slots}")
+        yield from troubles
 
     async def _start(self, sim: Simulator, trouble: str | None) -> int | None:
         """Start the command; None when it was killed."""
