@@ -119,6 +119,9 @@ class Watch:
     due_at: float = 0.0
     #: That entry stands whoever else covers the task.
     pressing: bool = False
+    #: A look is under way; and another one fell due meanwhile.
+    looking: bool = False
+    again: bool = False
 
 
 class Tracker:
@@ -205,6 +208,10 @@ class Tracker:
                     self.schedule(watch, covered_until)
                     continue
                 watch.pressing = False
+                if watch.looking:
+                    watch.again = True
+                    continue
+                watch.looking = True
                 self.budget.take(anyio.current_time())
                 await limiter.acquire_on_behalf_of(watch)
                 looks.start_soon(self._look, watch, limiter)
@@ -250,8 +257,8 @@ class Tracker:
     def look_as_planned(self, watch: Watch) -> None:
         """Nobody covers the task any more: look at it as if nobody ever had."""
         if not watch.ended.is_set() and not watch.pressing:
-            now = anyio.current_time()
-            self.schedule(watch, now + self._wait_s(watch, now))
+            due_at = watch.seen_at + self._wait_s(watch, watch.seen_at)
+            self.schedule(watch, max(due_at, anyio.current_time()))
 
     def keep_quiet(self, seconds: float) -> None:
         """The service asked for a wait, which holds for all questions."""
@@ -284,8 +291,12 @@ class Tracker:
             wait_s = self._trouble(watch, getattr(error, "retry_after_s", None))
         finally:
             limiter.release_on_behalf_of(watch)
+            watch.looking = False
         if not watch.ended.is_set():
-            self.schedule(watch, anyio.current_time() + wait_s, pressing=watch.status in _ENDING)
+            pressing = watch.again or watch.status in _ENDING
+            if watch.again:
+                watch.again, wait_s = False, min(wait_s, AGAIN_S)
+            self.schedule(watch, anyio.current_time() + wait_s, pressing=pressing)
 
     def listed(self, watch: Watch, task: Task, *, asked_at: float) -> None:
         """Take in what a page of the list showed; an end without images is confirmed by a look."""
