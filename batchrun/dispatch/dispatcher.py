@@ -20,6 +20,7 @@ import anyio.abc
 from batchrun import errors
 from batchrun.dispatch.cap import Cap
 from batchrun.dispatch.doubts import Doubts, Listings
+from batchrun.dispatch.hearing import Hearing, Tells
 from batchrun.dispatch.limits import Gate, Room, Slot, Slots
 from batchrun.dispatch.saving import Saver, Unsaved
 from batchrun.dispatch.stopping import StopSign
@@ -66,7 +67,7 @@ PICTURE_S = 0.25
 _UNKNOWN = Failure("task unknown", "the service does not know the task any more, which may have been billed")
 
 
-class Service(Submitting, Looks, Lists, Listings, Uploading, Protocol):
+class Service(Submitting, Looks, Lists, Listings, Tells, Uploading, Protocol):
     """What the dispatcher needs of the service's client."""
 
     async def cancel(self, task_id: str) -> Task | None:
@@ -148,6 +149,8 @@ class Dispatcher:
         if limits.track in ("auto", "list"):
             least = FROM if limits.track == "auto" else 1
             self._tracker.add(lambda tracker: Sweeps(tracker, service, least=least, note=self._say))
+        if limits.track == "websocket":
+            self._tracker.add(lambda tracker: Hearing(tracker, service, rng=rng, note=self._say))
         self._doubts = Doubts(service, store.known_tasks, store.known_task, self._is_true_echo)
         self._submitter = Submitter(
             store=store,
