@@ -20,6 +20,8 @@ from itertools import accumulate, pairwise
 FLOOR_S = 0.1
 #: Looks at one task are never further apart than this: durations may shift, and machines sleep.
 CEILING_S = 30.0
+#: The first look while a tool's durations are unknown comes no later than this.
+FIRST_LOOK_S = 1.5
 #: The service's advice: Details of one task about this far apart, over time (wiro-api.md, Tracking) ...
 ADVICE_S = 3.0
 #: ... beyond so many that may come together around the task's expected end,
@@ -219,7 +221,10 @@ class Durations:
 
     def next_look_s(self, age_s: float) -> float:
         """Seconds until the next look at a task just seen unfinished at `age_s`, in [FLOOR_S, CEILING_S]."""
-        return self.spread.schedule(self.price_s).next_look_s(age_s)
+        planned_s = self.spread.schedule(self.price_s).next_look_s(age_s)
+        if not self.seen and age_s < FIRST_LOOK_S:
+            return min(planned_s, max(FLOOR_S, FIRST_LOOK_S - age_s))
+        return planned_s
 
     def adapt(self, *, active: int, budget_per_s: float) -> None:
         """Move the price one step to where it should be with so many active tasks, of all tools."""
