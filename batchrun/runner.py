@@ -330,6 +330,8 @@ class Runner:
                 max_pause_s=job.max_pause,
                 halt=parse_halt(job.halt) if job.halt else Halt(),
                 kill_stuck=job.on_stuck == "kill",
+                track=job.track,
+                looks_per_s=job.looks_per_s,
                 submit=self.again is None or not self.again.cancel,
                 address=self._credentials.base_url,
             ),

@@ -62,6 +62,15 @@ _stuck_option = click.option(
 _pause_option = click.option(
     "--max-pause", metavar="TIME", help="How long to wait for an exhausted balance, as in 30m. Default: 1h."
 )
+_track_option = click.option(
+    "--track",
+    type=click.Choice(["auto", "detail", "list", "websocket"]),
+    help="How tasks are followed: one by one, by pages of the task list, or as the service tells over a "
+    "WebSocket. Default: auto, one by one while they are few, by pages from about 20.",
+)
+_looks_option = click.option(
+    "--looks-per-s", type=float, metavar="N", help="Requests per second for following tasks. Default: 50."
+)
 lost_option = _flag("--regenerate-lost", "Buy rows again that were paid for and left no image.")
 
 _READING = (
@@ -135,6 +144,8 @@ _WORKING = (
     _halt_option,
     _stuck_option,
     _pause_option,
+    _track_option,
+    _looks_option,
     _flag("--rerun-changed", "Buy finished rows again that ask for something else now."),
     lost_option,
 )
@@ -167,7 +178,16 @@ def _all(options: tuple[Callable[[Any], Any], ...]) -> Callable[[Command], Comma
 reading_options = _all(_READING)
 working_options = _all(_WORKING)
 bounds_options = _all(
-    (concurrency_option, _cost_option, _halt_option, _stuck_option, _pause_option, lost_option)
+    (
+        concurrency_option,
+        _cost_option,
+        _halt_option,
+        _stuck_option,
+        _pause_option,
+        _track_option,
+        _looks_option,
+        lost_option,
+    )
 )
 service_options = _all(_SERVICE)
 #: What `service_options` are called as arguments.

@@ -20,11 +20,13 @@ import anyio.abc
 from batchrun import errors
 from batchrun.dispatch.cap import Cap
 from batchrun.dispatch.doubts import Doubts, Listings
+from batchrun.dispatch.hearing import Hearing, Tells
 from batchrun.dispatch.limits import Gate, Room, Slot, Slots
 from batchrun.dispatch.saving import Saver, Unsaved
 from batchrun.dispatch.stopping import StopSign
 from batchrun.dispatch.submit import Submitter, Submitting
-from batchrun.dispatch.track import Ended, Left, Looks, Tracker
+from batchrun.dispatch.sweep import FROM, Lists, Sweeps
+from batchrun.dispatch.track import BUDGET_PER_S, Ended, Left, Looks, Tracker
 from batchrun.dispatch.uploads import Uploading, Uploads
 from batchrun.model import Attempt, Failure, Row, State, Task
 from batchrun.progress import Fact, Progress
@@ -65,7 +67,7 @@ PICTURE_S = 0.25
 _UNKNOWN = Failure("task unknown", "the service does not know the task any more, which may have been billed")
 
 
-class Service(Submitting, Looks, Listings, Uploading, Protocol):
+class Service(Submitting, Looks, Lists, Listings, Tells, Uploading, Protocol):
     """What the dispatcher needs of the service's client."""
 
     async def cancel(self, task_id: str) -> Task | None:
@@ -95,6 +97,10 @@ class Limits:
     kill_stuck: bool = False
     #: False: only what was submitted before is brought to its end.
     submit: bool = True
+    #: How tasks are followed: "auto", "detail", "list" or "websocket".
+    track: str = "auto"
+    #: Requests per second that following tasks may make.
+    looks_per_s: float = BUDGET_PER_S
     #: Where the service is asked, for people.
     address: str = ""
 
@@ -139,7 +145,12 @@ class Dispatcher:
             fixed=limits.concurrency, ceiling=limits.max_concurrency, known=known_limit, rng=rng
         )
         self._gate = Gate(rng=rng)
-        self._tracker = Tracker(service, rng=rng)
+        self._tracker = Tracker(service, budget_per_s=limits.looks_per_s, rng=rng)
+        if limits.track in ("auto", "list"):
+            least = FROM if limits.track == "auto" else 1
+            self._tracker.add(lambda tracker: Sweeps(tracker, service, least=least, note=self._say))
+        if limits.track == "websocket":
+            self._tracker.add(lambda tracker: Hearing(tracker, service, rng=rng, note=self._say))
         self._doubts = Doubts(service, store.known_tasks, store.known_task, self._is_true_echo)
         self._submitter = Submitter(
             store=store,
@@ -285,6 +296,9 @@ class Dispatcher:
             reason = self._failures.failure(row.failure.cause)
             if reason is not None:
                 self.stop(reason)
+
+    def _say(self, message: str) -> None:
+        self._progress.announce(Fact.NOTE, message=message)
 
     async def _binder(self, tool: int) -> Binder:
         if tool not in self._tools:

@@ -152,6 +152,12 @@ def _seconds(value: Any) -> Any:
     return float(form[1]) * {"s": 1, "m": 60, "h": 3600}[form[2] or "s"]
 
 
+def _looks_per_s(value: Any) -> Any:
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool) and 0.1 <= value <= 1000:
+        return float(value)
+    raise ValueError(f"must be requests per second from 0.1 to 1000, not {_shown(value)}; write 50")
+
+
 def _halt(value: Any) -> Any:
     if isinstance(value, str):
         parse_halt(value)
@@ -232,6 +238,14 @@ class Job(BaseModel):
     )
     on_stuck: Literal["leave", "kill"] = Field(
         "leave", description="Tasks that do not move on: left to the next start, or killed and asked anew."
+    )
+    track: Literal["auto", "detail", "list", "websocket"] = Field(
+        "auto",
+        description="How tasks are followed: one by one, by pages of the task list, or as the service tells "
+        "over a WebSocket; auto: one by one while they are few, by pages from about 20.",
+    )
+    looks_per_s: Annotated[float, BeforeValidator(_looks_per_s)] = Field(
+        50.0, description="Requests per second that following all tasks may make; few tasks need fewer."
     )
     lora_scale: Literal["prompt", "parameter"] = Field(
         "prompt",

@@ -46,6 +46,7 @@ from batchrun.errors import (
 from batchrun.model import Accepted, Task, Value
 from batchrun.settings import Credentials
 from batchrun.wiro import signing, wire
+from batchrun.wiro.socket import TaskSocket, connected
 
 #: Default User-Agents of libraries are refused by the firewall in front of the service.
 USER_AGENT = f"batchrun/{__version__}"
@@ -227,6 +228,14 @@ class Wiro:
             yield _download(response, begin)
         finally:
             response.close()  # given back to the pool already if all of it was read
+
+    @asynccontextmanager
+    async def socket(self) -> AsyncIterator[TaskSocket]:
+        """A new connection for the events of tasks."""
+        async with AsyncExitStack() as stack:
+            with translated(URL(self._credentials.socket_url).host or ""):
+                socket = await stack.enter_async_context(connected(self._calls, self._credentials.socket_url))
+            yield socket
 
     def server_now(self) -> float | None:
         """The service's present time in unix seconds, by its last Date header; None when it is not known.

@@ -10,12 +10,12 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from batchrun import errors
 from batchrun.model import TERMINAL, RemoteOutput, State, Task, Value
-from batchrun.rules.pace import CEILING_S, FLOOR_S, next_look_s
+from batchrun.rules.pace import CEILING_S, FLOOR_S, Durations
 from batchrun.rules.policy import (
     Doubt as DoubtDecision,
 )
@@ -176,9 +176,21 @@ def test_backoff_lies_between_zero_and_its_cap(attempt: int, base_s: float, cap_
     assert 0 <= backoff_s(attempt, base_s=base_s, cap_s=cap_s, rng=Random(seed)) <= cap_s
 
 
-@given(age_s=st.floats(0, 1e9), typical_s=st.none() | st.floats(0, 1e9))
-def test_looks_are_never_too_close_and_never_too_far_apart(age_s: float, typical_s: float | None) -> None:
-    assert FLOOR_S <= next_look_s(age_s, typical_s) <= CEILING_S
+@settings(max_examples=30, deadline=None)
+@given(
+    seen=st.lists(st.tuples(st.floats(0, 1e9), st.floats(0, 1e9)), max_size=20),
+    ages_s=st.lists(st.floats(0, 1e9), min_size=1, max_size=5),
+    active=st.integers(0, 10**5),
+)
+def test_looks_are_never_too_close_and_never_too_far_apart(
+    seen: list[tuple[float, float]], ages_s: list[float], active: int
+) -> None:
+    durations = Durations()
+    for one, other in seen:
+        durations.add(max(one, other), over_s=min(one, other))
+    durations.adapt(active=active, budget_per_s=10.0)
+    for age_s in ages_s:
+        assert FLOOR_S <= durations.next_look_s(age_s) <= CEILING_S
 
 
 # --- tasks ----------------------------------------------------------------------------------------------

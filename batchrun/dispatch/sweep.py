@@ -1,0 +1,243 @@
+"""Following many tasks by pages of the task list, each a request that shows up to a hundred of them.
+
+Which page is worth asking for is `rules.pages`; here is where our tasks stand in the list, an estimate that
+every page corrects, and what is done where the list is missing, failing or does not show our tasks: single
+looks take over, which is said once, and the list is tried again later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import anyio
+import anyio.abc
+
+from batchrun import errors
+from batchrun.dispatch.track import Tracker, Watch
+from batchrun.model import Task
+from batchrun.rules import pages
+from batchrun.rules.pages import Page
+
+#: From so many active tasks on pages are cheaper than single looks; below fewer they are no longer.
+FROM, UNTIL = 20, 14
+#: How often it is asked what a page is worth.
+TICK_S = 0.05
+#: Pages under way at once.
+MAX_PAGES = 8
+#: A list that fails, or shows none of our tasks, so often in a row is of no use.
+LEAST_FAILURES = 3
+#: It is then tried again after this long, and ever later up to a bound.
+AGAIN_S, MOST_AGAIN_S = 60.0, 3600.0
+#: A task that pages did not show so often is looked at by itself.
+LEAST_MISSES = 2
+
+
+class Lists(Protocol):
+    """What sweeps need of the service's client."""
+
+    async def list_tasks(self, start: int = 0, limit: int = 100) -> list[Task]:
+        """The project's tasks, newest first, from the `start`-th."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A followed task and where it stands in the list."""
+
+    watch: Watch
+    number: int
+    #: Its place when it was last known, from 0, and how many tasks we had submitted then.
+    place: int
+    submitted: int
+    misses: int = 0
+
+
+class Sweeps:
+    """Covers tasks by pages of the list; see `track.Cover`."""
+
+    def __init__(
+        self, tracker: Tracker, lists: Lists, *, least: int = FROM, note: Callable[[str], None]
+    ) -> None:
+        """`least`: so many active tasks make pages worth while."""
+        self.pages = 0
+        self._tracker = tracker
+        self._lists = lists
+        self._least = least
+        self._note = note
+        self._entries: dict[Watch, _Entry] = {}
+        self._submitted = 0
+        self._is_on = False
+        self._under_way = 0
+        self._failures = 0
+        self._off_until = 0.0
+        self._off_s = AGAIN_S
+        self._told = False
+
+    # --- as a cover of the tracker -----------------------------------------------------------------------
+
+    def covers(self, watch: Watch) -> bool:
+        """Whether pages are read and show this task."""
+        entry = self._entries.get(watch)
+        return self._is_on and entry is not None and entry.misses < LEAST_MISSES
+
+    def begin(self, watch: Watch) -> None:
+        """The task is followed from now on."""
+        if watch.task_id.isdecimal():
+            self._submitted += watch.fresh
+            self._entries[watch] = _Entry(watch, int(watch.task_id), 0, self._submitted)
+
+    def end(self, watch: Watch) -> None:
+        """The task is not followed any more."""
+        self._entries.pop(watch, None)
+
+    async def run(self) -> None:
+        """Read pages while they are worth it, until cancelled."""
+        allowance, before = 0.0, anyio.current_time()
+        async with anyio.create_task_group() as group:
+            while True:
+                await anyio.sleep(TICK_S)
+                now = anyio.current_time()
+                self._turn(now)
+                if not self._is_on:
+                    before = now
+                    continue
+                rate = pages.requests_per_s(
+                    len(self._entries), alive_s=self._alive_s(), budget_per_s=self._tracker.budget.per_s
+                )
+                allowance = min(max(1.0, rate * 2 * TICK_S), allowance + rate * max(0.0, now - before))
+                before = now
+                allowance -= self._ask(group, int(allowance), now)
+
+    def _turn(self, now: float) -> None:
+        """Begin or cease to read pages, by the number of tasks."""
+        active = len(self._entries)
+        if not self._is_on:
+            self._is_on = active >= self._least and now >= self._off_until
+        elif active < min(self._least, UNTIL):
+            self._cease()
+
+    def _cease(self) -> None:
+        self._is_on = False
+        for entry in self._entries.values():
+            self._tracker.look_as_planned(entry.watch)
+
+    def _alive_s(self) -> float:
+        """How long tasks are active, on average over those that are."""
+        watches = [entry.watch for entry in self._entries.values()]
+        return sum(self._tracker.durations[watch.tool].spread.mean_s for watch in watches) / len(watches)
+
+    # --- asking --------------------------------------------------------------------------------------------
+
+    def _ask(self, group: anyio.abc.TaskGroup, most: int, now: float) -> int:
+        """Send the requests that are worth most, up to `most`; returns how many went out."""
+        if most < 1 or self._tracker.is_quiet:
+            return 0
+        entries = [entry for entry in self._entries.values() if not entry.watch.pressing]
+        entries.sort(key=lambda entry: -entry.number)
+        places = self._places(entries)
+        waited = [self._waited_s(entry.watch, now) for entry in entries]
+        for sent in range(most):
+            if self._under_way >= MAX_PAGES or self._tracker.budget.ready_at(now) > now:
+                return sent
+            choice = pages.best(places, waited)
+            if choice is None:
+                return sent
+            if isinstance(choice, int):
+                entries[choice].watch.asked_at = now
+                waited[choice] = 0.0
+                self._tracker.look_at_once(entries[choice].watch)
+                continue
+            meant = entries[choice.first : choice.last + 1]
+            waited[choice.first : choice.last + 1] = [0.0] * len(meant)
+            for entry in meant:
+                entry.watch.asked_at = now
+            self._tracker.budget.take(now)
+            self._under_way += 1
+            group.start_soon(self._read, choice, meant, self._submitted)
+        return most
+
+    def _places(self, entries: list[_Entry]) -> list[int]:
+        """Where tasks, the newest first, stand by now: what we submitted since has pushed them down."""
+        places, least = [], 0
+        for entry in entries:
+            least = max(least, entry.place + self._submitted - entry.submitted)
+            places.append(least)
+            least += 1
+        return places
+
+    def _waited_s(self, watch: Watch, now: float) -> float:
+        spread = self._tracker.durations[watch.tool].spread
+        last_at = max(watch.asked_at, watch.seen_at)
+        return spread.waited_s(last_at - watch.begun_at, now - watch.begun_at)
+
+    async def _read(self, page: Page, meant: list[_Entry], submitted: int) -> None:
+        asked_at = anyio.current_time()
+        try:
+            self.pages += 1
+            tasks = await self._lists.list_tasks(page.start, page.limit)
+        except errors.RateLimited as error:
+            self._tracker.keep_quiet(error.retry_after_s or 1.0)
+            self._failed(meant, "the service asks to slow down")
+        except (errors.NotFound, errors.CredentialsRefused, errors.RequestRejected) as error:
+            self._failed(meant, str(error), is_final=True)
+        except errors.ServiceError as error:
+            self._failed(meant, str(error))
+        else:
+            self._take(page, tasks, meant, asked_at=asked_at, submitted=submitted)
+        finally:
+            self._under_way -= 1
+
+    # --- answers --------------------------------------------------------------------------------------------
+
+    def _take(
+        self, page: Page, tasks: list[Task], meant: list[_Entry], *, asked_at: float, submitted: int
+    ) -> None:
+        shown = 0
+        for at, task in enumerate(tasks):
+            watch = self._tracker.watches.get(task.id)
+            entry = self._entries.get(watch) if watch is not None else None
+            if entry is None:
+                continue
+            shown += 1
+            entry.place, entry.submitted, entry.misses = page.start + at, submitted, 0
+            self._tracker.listed(entry.watch, task, asked_at=asked_at)
+        absent = [entry for entry in meant if entry.watch.seen_at < asked_at and entry.watch in self._entries]
+        missed = [entry for entry in absent if not self._moved(entry, page, tasks, submitted)]
+        for entry in missed:
+            entry.misses += 1
+            if entry.misses == LEAST_MISSES:
+                self._tracker.look_as_planned(entry.watch)
+        if shown:
+            self._failures, self._off_s = 0, AGAIN_S
+        elif missed:
+            self._failed(missed, "it does not show the run's tasks")
+
+    def _moved(self, entry: _Entry, page: Page, tasks: list[Task], submitted: int) -> bool:
+        """Whether the task may stand before or after the page; its estimated place then moves there."""
+        numbers = [int(task.id) for task in (tasks[:1] + tasks[-1:])]
+        if numbers and entry.number < numbers[1] and len(tasks) >= page.limit:
+            entry.place = page.start + len(tasks)
+        elif numbers and entry.number > numbers[0] and page.start > 0:
+            entry.place = max(0, page.start - pages.PAGE // 2)
+        elif not numbers and page.start > 0:
+            entry.place = 0
+        else:
+            return False
+        entry.submitted = submitted
+        return True
+
+    def _failed(self, meant: list[_Entry], reason: str, *, is_final: bool = False) -> None:
+        for entry in meant:
+            entry.watch.asked_at = entry.watch.seen_at  # as if nobody had asked
+        self._failures += 1
+        if not self._is_on or (self._failures < LEAST_FAILURES and not is_final):
+            return
+        self._off_until = anyio.current_time() + self._off_s
+        self._off_s = min(MOST_AGAIN_S, 2 * self._off_s)
+        self._failures = 0
+        if not self._told:
+            self._told = True
+            self._note(f"tasks are looked at one by one, since the service's list is of no use: {reason}")
+        self._cease()

@@ -1,0 +1,63 @@
+"""Which page of the service's task list is worth asking for next. Pure.
+
+A page shows up to a hundred tasks for the price of one request. Like a single look it pays when the tasks it
+shows have been over for long, all of their expected waiting together; so pages go where tasks are many or
+likely to have ended, and the few old ones far down the list are left to single looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from batchrun.rules.pace import ADVICE_S, NEEDED
+
+#: What one request lists at most (wiro-api.md, Tracking).
+PAGE = 100
+#: Places are estimates: tasks of others push ours down the list, answers cross on the way.
+MARGIN = 6
+#: What a page is worth, in seconds of waiting of all its tasks together: so much, and for each task shown.
+PAGE_PRICE_S, SHOWN_PRICE_S = 0.02, 0.001
+#: A page is more work than a look at one task, for both sides: by this much it must be worth more.
+PAGE_WORK = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Tasks to be asked for: places in the list from 0, the newest, and which of our tasks these are."""
+
+    start: int
+    limit: int
+    #: The first and last index of the tasks meant.
+    first: int
+    last: int
+
+
+def best(places: Sequence[int], waited_s: Sequence[float]) -> Page | int | None:
+    """The request worth most: a page, or the index of one task to be looked at alone; None: none is yet.
+
+    `places`: of our tasks in the list, ascending. `waited_s`: for how long each is expected to be over by now
+    without our knowing.
+    """
+    if not places:
+        return None
+    single = max(range(len(places)), key=waited_s.__getitem__)
+    total = most = 0.0
+    first, chosen = 0, (0, 0)
+    for last, place in enumerate(places):
+        total += waited_s[last]
+        while place - places[first] > PAGE - 1 - 2 * MARGIN:
+            total -= waited_s[first]
+            first += 1
+        if total > most:
+            most, chosen = total, (first, last)
+    start = max(0, places[chosen[0]] - MARGIN)
+    limit = min(PAGE, places[chosen[1]] - start + 1 + MARGIN)
+    if most < PAGE_PRICE_S + SHOWN_PRICE_S * limit:
+        return None
+    return single if waited_s[single] * PAGE_WORK > most else Page(start, limit, *chosen)
+
+
+def requests_per_s(active: int, *, alive_s: float, budget_per_s: float) -> float:
+    """Requests that following so many tasks by pages may take, each active for `alive_s` on average."""
+    return min(budget_per_s, max(2.0, active / ADVICE_S + NEEDED * active / max(alive_s, 0.1)))

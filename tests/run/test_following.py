@@ -1,0 +1,48 @@
+"""However tasks are followed, and whatever becomes of lists and sockets, every row comes to its image."""
+
+from __future__ import annotations
+
+import pytest
+
+from batchrun.progress import Fact
+from batchrun.simulator.server import Simulator
+from tests.support.runs import Facts, check_complete, job_of, run_job, write_rows
+
+ROWS = 24
+
+
+@pytest.mark.parametrize(
+    ("track", "faults"),
+    [
+        ("auto", []),
+        ("list", ["list-off"]),
+        ("auto", ["list-empty"]),
+        ("list", ["list-late=30%", "list-500=30%", "detail-500=20%", "task-late-outputs=30%"]),
+        ("websocket", []),
+        ("websocket", ["socket-refused"]),
+        ("websocket", ["socket-silent@1"]),
+        ("websocket", ["socket-refused=30%", "socket-drop=50%", "detail-500=20%", "task-late-outputs=20%"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value) or "calm",
+)
+async def test_every_row_is_done_however_its_task_is_followed(tmp_path, track, faults):
+    job = job_of(write_rows(tmp_path / "m.csv", ROWS), track=track, concurrency=ROWS)
+    facts = Facts()
+    async with Simulator(seconds="0.2-0.6", faults=faults, slots=ROWS, late_s=0.5) as sim:
+        outcome = await run_job(sim, job, facts=facts)
+        requests = dict(sim._world.requests)
+        assert len(sim.tasks) == ROWS
+        assert all(task.token not in repr(facts) for task in sim.tasks)
+    assert outcome.exit_code == 0
+    check_complete(sim, tmp_path / "run", ROWS)
+    notes = [event.details["message"] for event in facts if event.fact is Fact.NOTE]
+    if faults in (["list-off"], ["list-empty"]):
+        assert sum("one by one" in note for note in notes) == 1
+        assert requests["detail"] >= ROWS
+    elif track in ("auto", "list") and not faults:
+        assert notes == []
+        assert requests["list"] + requests.get("detail", 0) < 2 * ROWS
+    elif track == "websocket" and not faults:
+        assert notes == []
+        assert requests["detail"] < 2 * ROWS
+        assert requests["socket"] == 1

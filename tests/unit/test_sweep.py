@@ -1,0 +1,202 @@
+"""Many tasks are followed by pages of the task list, and by single looks wherever those do not show them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from random import Random
+
+import anyio
+import pytest
+
+from batchrun import errors
+from batchrun.dispatch.sweep import AGAIN_S, FROM, Sweeps
+from batchrun.dispatch.track import Tracker
+from batchrun.model import RemoteOutput, Task
+from batchrun.rules.pages import MARGIN, PAGE, Page, best
+from batchrun.rules.policy import Succeeded, TaskFailed
+from tests.support.clock import virtual_time
+
+IMAGE = RemoteOutput("0.png", "https://cdn/0.png")
+
+
+@pytest.mark.parametrize(
+    ("places", "waited_s", "expected"),
+    [
+        ([], [], None),
+        # nobody has waited long enough yet
+        ([0, 1, 2], [0.0, 0.001, 0.001], None),
+        # together they have
+        ([0, 1, 2], [0.05, 0.05, 0.05], Page(0, 3 + MARGIN, 0, 2)),
+        # where most of the waiting is
+        ([5, 400, 420, 440], [0.1, 0.3, 0.3, 0.3], Page(400 - MARGIN, 41 + 2 * MARGIN, 1, 3)),
+        # one alone far down the list
+        ([0, 1, 900], [0.01, 0.01, 0.9], 2),
+    ],
+)
+def test_the_request_that_ends_most_waiting_goes_out(
+    places: list[int], waited_s: list[float], expected: Page | int | None
+) -> None:
+    assert best(places, waited_s) == expected
+
+
+def test_a_page_asks_for_no_more_than_the_service_gives() -> None:
+    choice = best(list(range(500)), [0.1] * 500)
+    assert isinstance(choice, Page)
+    assert choice.limit <= PAGE
+    assert choice.last - choice.first + 1 <= PAGE - 2 * MARGIN + 1
+
+
+class Service:
+    """Tasks that take between 5 and 9 seconds each, in the order of their ids, beside those of others."""
+
+    def __init__(self, *, others: int = 0) -> None:
+        self.made: list[tuple[int, float, float]] = []  # id, begun at, seconds
+        self.details = self.lists = 0
+        self.lag_s: dict[str, float] = {}
+        self.rng = Random(1)
+        self.others = others
+        self.list_error: Exception | None = None
+        self.hides: set[str] = set()
+        self.fails = False
+
+    def make(self) -> str:
+        for _ in range(self.others):
+            self.made.append((len(self.made) + 1, 0.0, 0.0))
+        self.made.append((len(self.made) + 1, anyio.current_time(), self.rng.uniform(5, 9)))
+        return str(len(self.made))
+
+    def shown(self, number: int) -> Task:
+        _, begun_at, seconds = self.made[number - 1]
+        late_s = anyio.current_time() - begun_at - seconds
+        if late_s < 0:
+            return Task(str(number), status="task_start")
+        self.lag_s.setdefault(str(number), late_s)
+        if self.fails:
+            return Task(str(number), status="task_postprocess_end", pexit="1")
+        return Task(str(number), status="task_postprocess_end", pexit="0", outputs=(IMAGE,))
+
+    async def detail(self, task_id: str, token: str = "") -> Task | None:
+        self.details += 1
+        await anyio.sleep(0.02)
+        return self.shown(int(task_id))
+
+    async def list_tasks(self, start: int = 0, limit: int = 100) -> list[Task]:
+        self.lists += 1
+        await anyio.sleep(0.02)
+        if self.list_error is not None:
+            raise self.list_error
+        numbers = [number for number, _, _ in reversed(self.made) if str(number) not in self.hides]
+        return [self.shown(number) for number in numbers[start : start + limit]]
+
+
+@asynccontextmanager
+async def sweeping(service: Service, notes: list[str]) -> AsyncIterator[Tracker]:
+    tracker = Tracker(service, rng=Random(0))
+    tracker.add(lambda tracker: Sweeps(tracker, service, note=notes.append))
+    async with anyio.create_task_group() as group:
+        group.start_soon(tracker.run)
+        yield tracker
+        group.cancel_scope.cancel()
+
+
+async def follow_all(service: Service, tasks: int, *, notes: list[str] | None = None) -> list[object]:
+    """Follow so many tasks, 20 of them submitted a second; returns the verdicts."""
+    verdicts: list[object] = []
+    said = [] if notes is None else notes
+    async with sweeping(service, said) as tracker, anyio.create_task_group() as group:
+
+        async def follow(number: int) -> None:
+            await anyio.sleep(number / 20)
+            _, verdict = await tracker.follow(task_id=service.make(), token="", tool=1)
+            verdicts.append(verdict)
+
+        for number in range(tasks):
+            group.start_soon(follow, number)
+    assert len(verdicts) == tasks
+    return verdicts
+
+
+def mean_lag_s(service: Service) -> float:
+    return sum(service.lag_s.values()) / len(service.lag_s)
+
+
+@pytest.mark.parametrize("others", [0, 3], ids=["alone", "beside others"])
+@virtual_time
+async def test_pages_follow_many_tasks_with_less_than_a_request_each(others: int) -> None:
+    service = Service(others=others)
+    assert set(await follow_all(service, 600)) == {Succeeded()}
+    ours = {task: lag for task, lag in service.lag_s.items() if service.made[int(task) - 1][2]}
+    assert (service.lists + service.details) / 600 < (1.5 if others == 0 else 2.5)
+    assert sum(ours.values()) / len(ours) < 0.5
+
+
+@virtual_time
+async def test_few_tasks_are_looked_at_one_by_one() -> None:
+    service = Service()
+    async with sweeping(service, []) as tracker, anyio.create_task_group() as group:
+
+        async def follow() -> None:
+            await tracker.follow(task_id=service.make(), token="", tool=1)
+
+        for _ in range(FROM - 1):
+            group.start_soon(follow)
+    assert service.lists == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [errors.NotFound("no such endpoint"), errors.ServerFault("502"), errors.ProtocolError("nonsense")],
+    ids=lambda error: type(error).__name__,
+)
+@virtual_time
+async def test_where_the_list_fails_single_looks_take_over_and_it_is_said_once(error: Exception) -> None:
+    service, notes = Service(), list[str]()
+    service.list_error = error
+    assert set(await follow_all(service, 1300, notes=notes)) == {Succeeded()}  # for longer than AGAIN_S
+    assert len(notes) == 1
+    assert 1 < service.lists <= 3 * 3
+    assert mean_lag_s(service) < 2.0
+
+
+@virtual_time
+async def test_a_list_that_does_not_show_our_tasks_is_given_up() -> None:
+    service, notes = Service(), list[str]()
+    service.hides = {str(number) for number in range(1, 10_000)}
+    assert set(await follow_all(service, 300, notes=notes)) == {Succeeded()}
+    assert len(notes) == 1
+    assert "does not show" in notes[0]
+    assert mean_lag_s(service) < 2.0
+
+
+@virtual_time
+async def test_a_task_that_only_the_list_hides_is_looked_at_by_itself() -> None:
+    service, notes = Service(), list[str]()
+    service.hides = {"100", "101", "222"}
+    assert set(await follow_all(service, 300, notes=notes)) == {Succeeded()}
+    assert notes == []
+    assert max(service.lag_s[task] for task in service.hides) < 5.0
+
+
+@virtual_time
+async def test_a_list_that_works_again_is_used_again() -> None:
+    service, notes = Service(), list[str]()
+    service.list_error = errors.NotFound("no such endpoint")
+    async with anyio.create_task_group() as group:
+
+        async def mend() -> None:
+            await anyio.sleep(AGAIN_S / 2)
+            service.list_error = None
+
+        group.start_soon(mend)
+        await follow_all(service, 1400, notes=notes)
+    assert service.lists > 100
+
+
+@virtual_time
+async def test_an_end_without_images_is_confirmed_by_a_look() -> None:
+    service = Service()
+    service.fails = True
+    verdicts = await follow_all(service, 100)
+    assert {type(verdict) for verdict in verdicts} == {TaskFailed}
+    assert service.details >= 100
