@@ -15,7 +15,7 @@ from batchrun.errors import ManifestError
 from batchrun.manifest.job import Job
 from batchrun.manifest.read import open_manifest
 from batchrun.model import Problem
-from batchrun.plan.reading import Reading
+from batchrun.plan.reading import Reading, form_columns
 from batchrun.store.planning import Merged, Planning, form_json
 from batchrun.store.records import dumps
 from batchrun.tools.catalog import Catalog
@@ -54,7 +54,7 @@ def plan(
             form = form_json(
                 format=manifest.format,
                 delimiter=manifest.delimiter,
-                columns=_columns(job, manifest.columns),
+                columns=None if manifest.columns is None else form_columns(job, manifest.columns),
                 bom=manifest.has_bom,
             )
             merged = planning.merge(
@@ -68,14 +68,6 @@ def plan(
             return reading, merged
         finally:
             planning.abandon()
-
-
-def _columns(job: Job, columns: list[str] | None) -> list[str] | None:
-    """The manifest's columns and those that its expansion adds."""
-    if columns is None:
-        return None
-    added = [job.map.get(axis.name, axis.name) for axis in job.axes]
-    return [*columns, *(name for name in added if name not in columns)]
 
 
 def _shown(manifest: Path | str) -> str:

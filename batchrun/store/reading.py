@@ -12,7 +12,14 @@ from typing import Any
 from batchrun.model import Attempt, Counts, Failure, Output, Row, State
 from batchrun.rules.budget import Bills, Budget
 from batchrun.rules.policy import PAID_CAUSES
-from batchrun.store.records import ATTEMPT_COLUMNS, OUTPUT_COLUMNS, load_row, read_attempt, read_output
+from batchrun.store.records import (
+    ATTEMPT_COLUMNS,
+    OUTPUT_COLUMNS,
+    cells_given,
+    load_row,
+    read_attempt,
+    read_output,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +122,21 @@ def read_rejected(connection: sqlite3.Connection, *, after_seq: int, limit: int)
     """Rows of the present manifest that neither made it nor were paid for, as it had them, by row number."""
     paid = ", ".join("?" * len(PAID_CAUSES))
     records = connection.execute(
-        "SELECT rows.seq, sources.cells FROM rows JOIN sources ON sources.row = rows.seq "
-        "WHERE state IN ('failed', 'cancelled', 'invalid') AND present = 1 AND rows.seq > ? "
-        f"AND NOT (state = 'failed' AND coalesce(cause, '') IN ({paid})) ORDER BY rows.seq LIMIT ?",
+        "SELECT seq FROM rows WHERE state IN ('failed', 'cancelled', 'invalid') AND present = 1 AND seq > ? "
+        f"AND NOT (state = 'failed' AND coalesce(cause, '') IN ({paid})) ORDER BY seq LIMIT ?",
         (after_seq, *sorted(PAID_CAUSES), limit),
     ).fetchall()
-    return [Rejected(seq, json.loads(cells, parse_float=Decimal)) for seq, cells in records]
+    columns = read_json(connection, "form").get("columns")
+    return [Rejected(seq, read_cells(connection, seq, columns)) for (seq,) in records]
+
+
+def read_cells(connection: sqlite3.Connection, seq: int, columns: Collection[str] | None) -> dict[str, Any]:
+    """A row as the manifest had it, which has these columns (None: its rows name their own cells)."""
+    text = read_value(connection, "SELECT cells FROM sources WHERE row = ?", (seq,))
+    if text is not None:
+        return dict(json.loads(text, parse_float=Decimal))
+    id_, given = connection.execute("SELECT id, given FROM rows WHERE seq = ?", (seq,)).fetchone()
+    return cells_given(id_, json.loads(given), columns)
 
 
 def read_saved_paths(connection: sqlite3.Connection) -> Iterator[str]:

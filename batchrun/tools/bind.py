@@ -29,7 +29,7 @@ from batchrun.tools.values import (
     takes_many,
 )
 
-__all__ = ["Binder", "LoraScale", "ReadImage", "closest"]
+__all__ = ["Binder", "LoraScale", "ReadImage", "Refused", "closest"]
 
 #: From a path as the manifest has it to the image; raises ManifestError when it is none. Relative paths, the
 #: folder they must lie in and the hash are its business.
@@ -126,6 +126,33 @@ class Binder:
         """Whether the value is a list under a single-valued name: alternatives, each a request of its own."""
         return isinstance(value, list) and name in self._known and name not in self._many
 
+    def value(self, name: str, cell: Cell, read_image: ReadImage) -> Value | LocalImage:
+        """One cell's value in sending form; raises Refused, or ManifestError for a local image."""
+        read = self._readers.get(name)
+        return read(cell) if read is not None else self._image(name, cell, read_image)
+
+    @property
+    def required(self) -> frozenset[str]:
+        """What every row must give."""
+        return frozenset(self._required)
+
+    @property
+    def counts_images(self) -> str | None:
+        """The parameter that tells how many images are made; None: always one."""
+        return STORY if STORY in self._readers else _SAMPLES if _SAMPLES in self._known else None
+
+    def stands_alone(self, name: str, value: Value | LocalImage) -> bool:
+        """Whether nothing else in the row decides if this value is right, or worth a warning."""
+        if name in self._owners or name == self._init_image or (name in self._required and not value):
+            return False
+        triggers = self._triggers.get(name)
+        chosen = value if isinstance(value, list) else [value]
+        return triggers is None or not any(isinstance(each, str) and each in triggers for each in chosen)
+
+    def images_of(self, given: Mapping[str, Value | LocalImage]) -> int:
+        """How many images the tool will make for values that are right."""
+        return self._count_images(given, [])
+
     def bind(self, cells: Mapping[str, Cell], *, blank_is_default: bool, read_image: ReadImage) -> Request:
         """The request a row asks for; its `problems` are warnings. Raises ManifestError with every error.
 
@@ -134,13 +161,11 @@ class Binder:
         """
         given: dict[str, Value | LocalImage] = {}
         problems: list[Problem] = []
-        readers = self._readers
         for name, cell in cells.items():
             if cell is None or (blank_is_default and type(cell) is str and (not cell or cell.isspace())):
                 continue
             try:
-                read = readers.get(name)
-                given[name] = read(cell) if read is not None else self._image(name, cell, read_image)
+                given[name] = self.value(name, cell, read_image)
             except Refused as refused:
                 problems.append(Problem(str(refused), column=name))
             except ManifestError as error:
