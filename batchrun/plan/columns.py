@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
-from json.encoder import encode_basestring_ascii
+from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Any
 
 from batchrun.errors import ManifestError
@@ -38,7 +38,8 @@ class _Column(dict[str, str]):
         self.name = name
         self._lead = f"{dumps(name)}:"
         self._binder = binder
-        self._read_image = read_image
+        self.value = binder.reader(name, read_image)
+        self._stands_alone = binder.always_alone(name)
         self._blank_is_plain = blank_is_plain
         self._max_images = max_images
         self._counts_images = binder.counts_images == name
@@ -57,38 +58,41 @@ class _Column(dict[str, str]):
             self.respelt.clear()
             self.images.clear()
 
-    def value(self, cell: str) -> Value | LocalImage:
-        """Raises Refused or ManifestError."""
-        return self._binder.value(self.name, cell, self._read_image)
-
     def __missing__(self, cell: str) -> str:
-        text = self[cell] = self._text(cell)
-        return text
-
-    def _text(self, cell: str) -> str:
         if not cell or cell.isspace():
             if not self._blank_is_plain:
                 self.hard.add(cell)
-            self._count({}, cell)
-            return ""
-        try:
-            value = self.value(cell)
-        except (Refused, ManifestError):
-            self.hard.add(cell)
-            return ""
-        if isinstance(value, LocalImage) or not self._binder.stands_alone(self.name, value):
-            self.hard.add(cell)
-            return ""
-        if value != cell and not (type(value) is int and str(value) == cell):
-            self.respelt.add(cell)
-        self._count({self.name: value}, cell)
-        return f"{self._lead}{dumps(value)},"
-
-    def _count(self, given: Mapping[str, Value | LocalImage], cell: str) -> None:
+            value = None
+            text = ""
+        else:
+            try:
+                value = self.value(cell)
+            except (Refused, ManifestError):
+                value = None
+            if type(value) is str:
+                text = f"{self._lead}{encode_basestring(value)},"
+            elif type(value) is int:
+                text = f"{self._lead}{value},"
+            elif type(value) is list:
+                text = f"{self._lead}{dumps(value)},"
+            else:  # refused, or a local image
+                self.hard.add(cell)
+                text = ""
+            if (
+                not self._stands_alone
+                and value is not None
+                and not self._binder.stands_alone(self.name, value)
+            ):
+                self.hard.add(cell)
+            if value != cell and str(value) != cell:
+                self.respelt.add(cell)
         if self._counts_images:
+            given = {} if value is None else {self.name: value}
             images = self.images[cell] = self._binder.images_of(given)
             if not 1 <= images <= self._max_images:
                 self.hard.add(cell)
+        self[cell] = text
+        return text
 
 
 class Columns:
@@ -140,7 +144,7 @@ class Columns:
         }
         if any(binder.expandable(name, cell) for name, cell in fixed.items()):
             raise Refused("rows of this header stand for several requests each")
-        self._fixed = {name: binder.value(name, cell, read_image) for name, cell in fixed.items()}
+        self._fixed = {name: binder.reader(name, read_image)(cell) for name, cell in fixed.items()}
         alone = all(
             not isinstance(value, LocalImage) and binder.stands_alone(name, value)
             for name, value in self._fixed.items()

@@ -201,11 +201,11 @@ class Planning:
             self._run("DROP TABLE IF EXISTS temp.staged")
             self._run(_STAGED)
             return
+        self._run("PRAGMA foreign_keys = OFF")  # the tools' numbers are our own
         self._run("BEGIN IMMEDIATE")
         self._indexes.update(
             self._run(
-                "SELECT name, sql FROM main.sqlite_schema WHERE type = 'index' AND tbl_name = 'rows' "
-                "AND name IN ('rows_key', 'rows_name', 'rows_unfinished')"
+                "SELECT name, sql FROM main.sqlite_schema WHERE type = 'index' AND tbl_name = 'rows'"
             ).fetchall()
         )
         for name in self._indexes:
@@ -304,6 +304,7 @@ class Planning:
         if self.connection.in_transaction:
             self._run("ROLLBACK")
         self._run("DROP TABLE IF EXISTS temp.staged")
+        self._run("PRAGMA foreign_keys = ON")
         self._is_begun = False
 
     # --- the first reading ----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from batchrun.errors import ManifestError
 from batchrun.model import Cell, LocalImage, Option, Problem, Request, Severity, Tool, Value
@@ -126,10 +127,9 @@ class Binder:
         """Whether the value is a list under a single-valued name: alternatives, each a request of its own."""
         return isinstance(value, list) and name in self._known and name not in self._many
 
-    def value(self, name: str, cell: Cell, read_image: ReadImage) -> Value | LocalImage:
-        """One cell's value in sending form; raises Refused, or ManifestError for a local image."""
-        read = self._readers.get(name)
-        return read(cell) if read is not None else self._image(name, cell, read_image)
+    def reader(self, name: str, read_image: ReadImage) -> Callable[[Cell], Value | LocalImage]:
+        """What makes a cell its value in sending form; raises Refused, or ManifestError for an image."""
+        return self._readers.get(name) or partial(self._image, name, read_image=read_image)
 
     @property
     def required(self) -> frozenset[str]:
@@ -140,6 +140,11 @@ class Binder:
     def counts_images(self) -> str | None:
         """The parameter that tells how many images are made; None: always one."""
         return STORY if STORY in self._readers else _SAMPLES if _SAMPLES in self._known else None
+
+    def always_alone(self, name: str) -> bool:
+        """Whether `stands_alone` holds for whatever the parameter may be given."""
+        required = self._required.keys() - self.texts  # a text that is there is not blank
+        return name not in self._owners.keys() | required | self._triggers.keys() | {self._init_image}
 
     def stands_alone(self, name: str, value: Value | LocalImage) -> bool:
         """Whether nothing else in the row decides if this value is right, or worth a warning."""
@@ -161,11 +166,13 @@ class Binder:
         """
         given: dict[str, Value | LocalImage] = {}
         problems: list[Problem] = []
+        readers = self._readers
         for name, cell in cells.items():
             if cell is None or (blank_is_default and type(cell) is str and (not cell or cell.isspace())):
                 continue
             try:
-                given[name] = self.value(name, cell, read_image)
+                read = readers.get(name)
+                given[name] = read(cell) if read is not None else self._image(name, cell, read_image)
             except Refused as refused:
                 problems.append(Problem(str(refused), column=name))
             except ManifestError as error:
