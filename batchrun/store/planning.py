@@ -311,7 +311,7 @@ class Planning:
 
     def _number_first(self) -> None:
         """Identical rows without an id are distinct pictures and are numbered."""
-        if self.summary()[2] or self._rows[None] > 1:
+        if self.summary()[2] or self._rows[None]:
             self._run(
                 "UPDATE main.rows AS known SET key = lower(hex(content)) || '.' || number, "
                 "name = row_stem(NULL, line, lower(hex(content)) || '.' || number) FROM "
@@ -394,6 +394,7 @@ class Planning:
         self._keep_sources()
         rebuilding.doubt_the_rest(self.connection)
         rebuilding.recount(self.connection)
+        self._run("DELETE FROM whole")  # rows that are back bring images back
         if gone or restored or moved or replaced or rerun:
             # what the sidecar files say of lines, extras and rows is not true any more
             self._run("UPDATE run SET listed = '{}'")

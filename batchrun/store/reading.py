@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 from batchrun.model import Attempt, Counts, Failure, Output, Row, State
 from batchrun.rules.budget import Bills, Budget
+from batchrun.rules.naming import ROWS_PER_FOLDER, image_folder
 from batchrun.rules.policy import PAID_CAUSES
 from batchrun.store.records import (
     ATTEMPT_COLUMNS,
@@ -139,14 +141,42 @@ def read_cells(connection: sqlite3.Connection, seq: int, columns: Collection[str
     return cells_given(id_, json.loads(given), columns)
 
 
-def read_saved_paths(connection: sqlite3.Connection) -> Iterator[str]:
-    """Where the images of done rows of the present manifest were saved, by row number and index."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A folder of images: those of ROWS_PER_FOLDER rows that follow each other."""
+
+    #: From 0.
+    number: int
+    #: Relative to the run's folder, with `/`.
+    path: str
+    #: What told the folder when all its images were last seen there; None: that is not known.
+    mark: str | None
+    #: Where the images of its done rows of the present manifest were saved, by row number and index.
+    saved: Callable[[], list[str]]
+
+
+def read_places(connection: sqlite3.Connection) -> Iterator[Place]:
+    """The folders in which images of done rows may lie; asks for their paths only when told to."""
+    if not read_value(connection, "SELECT rows FROM counts WHERE state = 'done'"):
+        return
+    try:
+        marks = dict(connection.execute("SELECT place, mark FROM whole").fetchall())
+    except sqlite3.OperationalError:  # whoever only looks finds states of earlier forms, too
+        marks = {}
+    last = read_value(connection, "SELECT max(seq) FROM rows")
+    for number in range((last - 1) // ROWS_PER_FOLDER + 1):
+        yield Place(number, image_folder(number), marks.get(number), partial(_saved_in, connection, number))
+
+
+def _saved_in(connection: sqlite3.Connection, place: int) -> list[str]:
     records = connection.execute(
-        "SELECT path FROM rows "
-        "JOIN outputs ON outputs.row = rows.seq AND outputs.generation = rows.generation "
-        "WHERE rows.state = 'done' AND rows.present = 1 AND path IS NOT NULL ORDER BY rows.seq, number"
+        # most rows of a young run have no outputs: these lead
+        "SELECT path FROM outputs CROSS JOIN rows ON seq = row AND outputs.generation = rows.generation "
+        "WHERE row > ? AND row <= ? AND rows.state = 'done' AND present = 1 AND path IS NOT NULL "
+        "ORDER BY row, number",
+        (place * ROWS_PER_FOLDER, (place + 1) * ROWS_PER_FOLDER),
     )
-    return (path for (path,) in records)
+    return [path for (path,) in records]
 
 
 # --- what the run's next step needs -----------------------------------------------------------------

@@ -149,11 +149,10 @@ class Store:
     async def _of_run(self, column: str) -> Any:
         return await self._read(lambda connection: read_value(connection, f"SELECT {column} FROM run"))
 
-    async def remember_job(self, *, manifest: str, job: str) -> None:
-        """The newest settings, and where the manifest lies now."""
-        await self._write(
-            lambda connection: connection.execute("UPDATE run SET manifest = ?, job = ?", (manifest, job))
-        )
+    async def remember_job(self, *, manifest: str, job: str, stamp: str) -> None:
+        """The newest settings, where the manifest lies now, and what tells it there."""
+        query = "UPDATE run SET manifest = ?, job = ?, stamp = ?"
+        await self._write(lambda connection: connection.execute(query, (manifest, job, stamp)))
 
     async def forget_stamp(self) -> None:
         """Let the next start read the manifest again, though it has not changed."""
@@ -617,9 +616,16 @@ class Store:
         """Rows of the present manifest by state, and what they brought."""
         return await self._read(read_counts)
 
-    async def of_saved(self, question: Callable[[Iterator[str]], T]) -> T:
-        """What `question` makes of the paths of all images of done rows, one after the other."""
-        return await self._read(lambda connection: question(reading.read_saved_paths(connection)))
+    async def of_saved(self, question: Callable[[Iterator[reading.Place]], tuple[T, Mapping[int, str]]]) -> T:
+        """What `question` makes of the folders with images of done rows; it also tells marks to be kept."""
+        told, marks = await self._read(lambda connection: question(reading.read_places(connection)))
+        if marks:
+            await self._write(
+                lambda connection: connection.executemany(
+                    "INSERT OR REPLACE INTO whole (place, mark) VALUES (?, ?)", list(marks.items())
+                )
+            )
+        return told
 
     async def failures(self, *, limit: int = 20) -> list[tuple[State, Failure, int, int]]:
         """Groups of rows that did not make it: state, a sample failure, how many, the first line."""
