@@ -360,10 +360,10 @@ class Runner:
         """Look at more of the state than there was time for before the first request."""
         await anyio.sleep(_CHECK_AFTER_S)
         try:
-            with suppress(errors.StoreError, errors.DiskError):  # who needs the state says what is wrong
-                await anyio.to_thread.run_sync(check_further, self.folder, abandon_on_cancel=True)
-        except errors.StoreDamaged as error:
-            dispatcher.stop(str(error))
+            await anyio.to_thread.run_sync(check_further, self.folder, abandon_on_cancel=True)
+        except (errors.StoreError, errors.DiskError) as error:
+            if isinstance(error, errors.StoreDamaged):  # of all else says who needs the state
+                dispatcher.stop(str(error))
 
     def _give_up_doubt(self, row: Row) -> bool:
         again = self.again

@@ -25,7 +25,7 @@ from batchrun.store.reading import known_tasks
 
 #: The pages of the state are looked at for so long before anything else, and for so long while a run goes on:
 #: a million rows would take half a minute.
-PATIENCE_S = 0.1
+PATIENCE_S = 0.05
 FURTHER_S = 1.0
 #: The end of results.jsonl that is held against the state, in bytes.
 TAIL_BYTES = 64 * 1024
