@@ -210,9 +210,10 @@ def _tried(copy: Path) -> sqlite3.Connection | None:
 
 
 def _give_beginning(copy: Path) -> None:
-    """Give the copy the first page of a new state, and behind its end the pages that describe the tables.
+    """Give the copy the first page of a new state, and far behind its end the pages that describe the tables.
 
-    Not in the place that they have in the new state: in the copy, rows may lie there.
+    Not in the place that they have in the new state: in the copy, rows may lie there, or may have lain where
+    it was cut off. A page that was cut in two is left out, since its rows would read as others.
     """
     fresh = copy.with_name("fresh.sqlite3")
     with closing(connect(fresh)) as connection:
@@ -221,7 +222,11 @@ def _give_beginning(copy: Path) -> None:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         page_bytes = int(connection.execute("PRAGMA page_size").fetchone()[0])
     pages = fresh.read_bytes()
-    last = -(-copy.stat().st_size // page_bytes)
+    left = copy.stat().st_size // page_bytes
+    with copy.open("rb") as file:
+        head = file.read(100)
+    told = int.from_bytes(head[28:32]) if head.startswith(b"SQLite format 3\0") else 0
+    last = max(2 * left, min(told, 100 * left))
     described = [number for number in range(2, len(pages) // page_bytes + 1) if number not in roots]
     moved = {number: last + at for at, number in enumerate(described, start=1)}
     first = bytearray(pages[:page_bytes])
@@ -231,6 +236,7 @@ def _give_beginning(copy: Path) -> None:
         number = int.from_bytes(first[place : place + 4])
         first[place : place + 4] = moved[number].to_bytes(4)
     with copy.open("r+b") as file:
+        file.truncate(left * page_bytes)
         file.write(first)
         for number, place in moved.items():
             file.seek((place - 1) * page_bytes)
