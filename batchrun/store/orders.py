@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from batchrun.errors import StoreError
 from batchrun.model import Counts, Failure, State
 from batchrun.store.connection import connect, store_error
-from batchrun.store.reading import Place, read_places
+from batchrun.store.reading import UNFINISHED, Place, read_places
 from batchrun.store.rebuilding import facts
 from batchrun.store.store import read_counts, read_failures
 
@@ -74,7 +74,7 @@ def read_standing(state: Path) -> Standing:
             "SELECT EXISTS (SELECT 1 FROM rows WHERE settled > ? AND present = 1)", (mark.get("settled", 0),)
         ).fetchone()[0]
         active = connection.execute(
-            "SELECT count(*) FROM rows WHERE state IN ('submitting', 'in_flight')"
+            f"SELECT count(*) FROM rows WHERE state IN ('submitting', 'in_flight') AND {UNFINISHED}"
         ).fetchone()[0]
         is_open = connection.execute("SELECT EXISTS (SELECT 1 FROM leases WHERE ended_at IS NULL)").fetchone()
         return Standing(

@@ -23,6 +23,12 @@ from batchrun.store.records import (
     read_output,
 )
 
+#: The conditions of the partial indexes, word for word: SQLite takes one only where a query holds it.
+UNFINISHED = "state IN ('planned', 'submitting', 'in_flight', 'in_doubt', 'finished')"
+TROUBLED = "state IN ('failed', 'cancelled', 'invalid', 'in_doubt')"
+#: A row by its id or its file name.
+_NAMED = "(key = 'id:' || ?1 OR (name = ?1 COLLATE NOCASE AND name = ?1))"
+
 
 @dataclass(frozen=True, slots=True)
 class Settled:
@@ -81,7 +87,7 @@ def read_failures(connection: sqlite3.Connection, limit: int) -> list[tuple[Stat
     # the message comes from the row that has the smallest line: SQLite's rule for such columns
     wanted = (
         "SELECT state, cause, coalesce(message, ''), count(*), min(line) FROM rows "
-        "WHERE state IN ('failed', 'cancelled', 'invalid', 'in_doubt') AND present = 1 "
+        f"WHERE {TROUBLED} AND present = 1 "
         "AND cause IS NOT NULL "
     )
     groups = []
@@ -122,12 +128,14 @@ def _tasks_of(connection: sqlite3.Connection, seq: int) -> tuple[Attempt, ...]:
 
 def read_rejected(connection: sqlite3.Connection, *, after_seq: int, limit: int) -> list[Rejected]:
     """Rows of the present manifest that neither made it nor were paid for, as it had them, by row number."""
-    paid = ", ".join("?" * len(PAID_CAUSES))
-    records = connection.execute(
-        "SELECT seq FROM rows WHERE state IN ('failed', 'cancelled', 'invalid') AND present = 1 AND seq > ? "
-        f"AND NOT (state = 'failed' AND coalesce(cause, '') IN ({paid})) ORDER BY seq LIMIT ?",
-        (after_seq, *sorted(PAID_CAUSES), limit),
-    ).fetchall()
+    paid = ", ".join(f"'{cause}'" for cause in sorted(PAID_CAUSES))
+    by_state = " UNION ALL ".join(
+        f"SELECT * FROM (SELECT seq FROM rows WHERE state = '{state}' AND {TROUBLED} AND seq > ?1 "
+        f"AND present = 1 AND NOT (state = 'failed' AND coalesce(cause, '') IN ({paid})) "
+        "ORDER BY seq LIMIT ?2)"
+        for state in ("failed", "cancelled", "invalid")
+    )
+    records = connection.execute(f"{by_state} ORDER BY 1 LIMIT ?2", (after_seq, limit)).fetchall()
     columns = read_json(connection, "form").get("columns")
     return [Rejected(seq, read_cells(connection, seq, columns)) for (seq,) in records]
 
@@ -187,9 +195,7 @@ def has_work(connection: sqlite3.Connection) -> bool:
     return bool(
         read_value(
             connection,
-            "SELECT EXISTS (SELECT 1 FROM rows WHERE state IN "
-            "('planned', 'submitting', 'in_flight', 'in_doubt', 'finished') "
-            "AND (present = 1 OR state <> 'planned'))",
+            f"SELECT EXISTS (SELECT 1 FROM rows WHERE {UNFINISHED} AND (present = 1 OR state <> 'planned'))",
         )
     )
 
@@ -217,8 +223,8 @@ def read_budget(connection: sqlite3.Connection, cap_usd: Decimal) -> Budget:
 def read_unbought(connection: sqlite3.Connection, last_seq: int | None = None) -> list[tuple[int, int, int]]:
     """The planned rows of the manifest, up to row `last_seq`: (tool, rows, images) by tool."""
     return connection.execute(
-        "SELECT tool, count(*), sum(images) FROM rows WHERE state = 'planned' AND present = 1 "
-        "AND seq <= coalesce(?, seq) GROUP BY tool",
+        f"SELECT tool, count(*), sum(images) FROM rows WHERE state = 'planned' AND {UNFINISHED} "
+        "AND present = 1 AND seq <= coalesce(?, seq) GROUP BY tool",
         (last_seq,),
     ).fetchall()
 
@@ -227,8 +233,8 @@ def states_of(connection: sqlite3.Connection, ids: Collection[str]) -> dict[str,
     """The states of the manifest's rows of these ids (or file names); ids that no row has are left out."""
     found = {}
     for id_ in ids:
-        query = "SELECT state FROM rows WHERE (id = ? OR name = ?) AND present = 1 ORDER BY id = ? DESC"
-        state = read_value(connection, query, (id_, id_, id_))
+        query = f"SELECT state FROM rows WHERE {_NAMED} AND present = 1 ORDER BY id = ?1 DESC"
+        state = read_value(connection, query, (id_,))
         if state is not None:
             found[id_] = State(state)
     return found
@@ -276,12 +282,13 @@ def requeue_candidates(
     """Rows of the present manifest in those states, by row number; with `ids` only those named by one."""
     wanted = ", ".join(f"'{state}'" for state in states)
     records = connection.execute(
-        f"SELECT seq, state, cause, message FROM rows WHERE state IN ({wanted}) AND present = 1 ORDER BY seq"
+        f"SELECT seq, state, cause, message FROM rows WHERE {TROUBLED} AND state IN ({wanted}) "
+        "AND present = 1 ORDER BY +seq"
     ).fetchall()
     named = {
         record[0]
         for id_ in ids
-        for record in connection.execute("SELECT seq FROM rows WHERE id = ? OR name = ?", (id_, id_))
+        for record in connection.execute(f"SELECT seq FROM rows WHERE {_NAMED}", (id_,))
     }
     return [
         (seq, State(state), Failure(cause, message or "") if cause else None)

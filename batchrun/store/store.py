@@ -211,10 +211,11 @@ class Store:
 
         def verb(connection: sqlite3.Connection) -> list[Row]:
             changes.check_alive(connection, self.lease)
-            # the state stands in the text so that the partial index serves
+            # the state, and the index's own condition, stand in the text: or all rows done are passed over
             claimed = connection.execute(
-                f"UPDATE rows SET lease = ? WHERE seq IN (SELECT seq FROM rows WHERE state = '{state}' "
-                f"AND lease IS NULL {present} {bound} ORDER BY seq LIMIT ?) RETURNING seq",
+                "UPDATE rows SET lease = ? WHERE seq IN (SELECT seq FROM rows "
+                f"WHERE state = '{state}' AND {reading.UNFINISHED} AND lease IS NULL {present} {bound} "
+                "ORDER BY seq LIMIT ?) RETURNING seq",
                 (self.lease, limit),
             ).fetchall()
             seqs = sorted(seq for (seq,) in claimed)
@@ -258,7 +259,10 @@ class Store:
 
     async def planned_beyond(self, last_seq: int) -> int:
         """How many planned rows come after that one."""
-        query = "SELECT count(*) FROM rows WHERE state = 'planned' AND present = 1 AND seq > ?"
+        query = (
+            "SELECT count(*) FROM rows WHERE state = 'planned' "
+            f"AND {reading.UNFINISHED} AND present = 1 AND seq > ?"
+        )
         return int(await self._read(lambda connection: read_value(connection, query, (last_seq,))))
 
     # --- submitting -------------------------------------------------------------------------------

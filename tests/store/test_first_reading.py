@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from batchrun.manifest.job import job_for
+from batchrun.model import State
 from batchrun.plan.plan import is_same, stamp_of
 from batchrun.store import migrations
 from batchrun.store.connection import connect
@@ -22,7 +23,7 @@ from batchrun.store.planning import GROUP, Planning
 from batchrun.store.reading import read_counts, read_rejected
 from batchrun.store.store import Store
 from tests.support.plans import Plans, csv
-from tests.support.rows import TOOL, merge, staged
+from tests.support.rows import TOOL, merge, planned, staged
 
 
 def rows_of(connection: sqlite3.Connection) -> list[Any]:
@@ -168,3 +169,36 @@ def test_a_manifest_that_the_system_shows_unchanged_is_not_read_to_be_told(tmp_p
     assert is_same(young, json.dumps([11, 1, digest, settings]))
     assert not is_same(young, "")
     assert not is_same(None, None)
+
+
+async def test_no_start_passes_over_the_rows_that_rest(tmp_path: Path) -> None:
+    store = await planned(tmp_path / "state.sqlite3", [staged(line, id=f"r{line}") for line in range(2, 6)])
+    asked: list[str] = []
+    await store.planning(lambda connection: connection.set_trace_callback(asked.append))
+    for state in (State.IN_FLIGHT, State.FINISHED, State.SUBMITTING, State.IN_DOUBT, State.PLANNED):
+        await store.claim(state, limit=2)
+    await store.has_work()
+    await store.unbought()
+    await store.planned_beyond(1)
+    await store.states_of(["r2", "r3"])
+    await store.failures()
+    await store.rejected_rows(after_seq=0, limit=5)
+    await store.settled_after(0, limit=5)
+    await store.recent_seconds()
+    await store.known_task()
+    await store.counts()
+    await store.requeue(states=[State.FAILED, State.CANCELLED], ids=["r2"])
+    await store.planning(lambda connection: connection.set_trace_callback(None))
+
+    def passed_over(connection: sqlite3.Connection) -> list[tuple[str, str]]:
+        found = []
+        for query in asked:
+            if query.startswith(("SELECT", "UPDATE", "INSERT")):
+                for *_, step in connection.execute(f"EXPLAIN QUERY PLAN {query}").fetchall():
+                    if step.startswith("SCAN rows") or "(rowid>?)" in step:
+                        found.append((query, step))
+        return found
+
+    assert len(asked) > 20
+    assert await store.planning(passed_over) == []
+    store.close()
