@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import StrEnum
@@ -114,6 +114,35 @@ class SourceRow:
     #: The line on which the row begins, from 1.
     line: int
     cells: Mapping[str, Cell]
+
+
+@dataclass(slots=True)
+class Block:
+    """Consecutive manifest rows of the same columns, each with a cell for every column, as text."""
+
+    #: The header's names; "" for an unnamed column.
+    columns: Sequence[str] = ()
+    #: The line on which each row begins, from 1.
+    lines: list[int] = field(default_factory=list)
+    #: By row; blank ones among them.
+    cells: list[list[str]] = field(default_factory=list)
+
+    def row(self, at: int) -> SourceRow:
+        """One of them by itself, without its blank cells."""
+        cells = zip(self.columns, self.cells[at], strict=True)
+        return SourceRow(
+            self.lines[at], {name: cell for name, cell in cells if name and cell and not cell.isspace()}
+        )
+
+    def rows(self) -> Iterator[SourceRow]:
+        """All of them."""
+        return map(self.row, range(len(self.lines)))
+
+    def taken(self) -> Iterator[Block]:
+        """The rows gathered so far, if there are any, as a block of their own; this one is empty then."""
+        if self.lines:
+            yield Block(self.columns, self.lines, self.cells)
+            self.lines, self.cells = [], []
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,13 +32,13 @@ from batchrun.manifest.json_text import shown
 from batchrun.model import TERMINAL, Counts, Failure, Row, State
 from batchrun.outputs.missing import Missing, missing
 from batchrun.plan.inputs import LocalImages
-from batchrun.plan.plan import plan, stamp_of
+from batchrun.plan.plan import is_same, plan, stamp_of
 from batchrun.plan.prices import Estimate, estimate
 from batchrun.plan.reading import Findings
 from batchrun.progress import Fact, Progress
 from batchrun.rules.halt import Halt, parse_halt
 from batchrun.settings import Credentials
-from batchrun.store.damage import check_sound
+from batchrun.store.damage import check_further, check_sound
 from batchrun.store.folder import Folder
 from batchrun.store.orders import order_cancel
 from batchrun.store.planning import Merged, Planning
@@ -49,6 +49,8 @@ from batchrun.wiro.client import Wiro
 
 #: Prices are asked for this long; a run does not wait for them.
 _PRICES_S = 10.0
+#: The state is looked at further once the first requests are out.
+_CHECK_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,9 +235,10 @@ class Runner:
             )
 
     async def _plan(self, store: Store) -> None:
-        stamp = await anyio.to_thread.run_sync(stamp_of, self.job)
-        if stamp is not None and stamp == await store.stamp() and not self.job.rerun_changed:
-            await store.remember_job(manifest=str(self.job.manifest), job=self.job.to_json())
+        known = await store.stamp()
+        stamp = await anyio.to_thread.run_sync(stamp_of, self.job, known)
+        if stamp is not None and is_same(stamp, known) and not self.job.rerun_changed:
+            await store.remember_job(manifest=str(self.job.manifest), job=self.job.to_json(), stamp=stamp)
             return
         reading, merged = await store.planning(
             lambda connection: plan(
@@ -278,7 +281,12 @@ class Runner:
             last_seq = 0
         if last_seq is not None:
             self.beyond_limit = await store.planned_beyond(last_seq)
-        for number, rows, images in await store.unbought(last_seq=last_seq):
+        if self.merged is not None and last_seq is None:
+            self.to_buy = dict(self.merged.by_tool)
+            unbought = []
+        else:
+            unbought = await store.unbought(last_seq=last_seq)
+        for number, rows, images in unbought:
             run_path = binder_of(await store.tool(number)).tool.run_path
             before = self.to_buy.get(run_path, (0, 0))  # a tool may be known by several descriptions
             self.to_buy[run_path] = before[0] + rows, before[1] + images
@@ -345,9 +353,19 @@ class Runner:
         if self._stopped is not None:
             dispatcher.stop(self._stopped)
         group.start_soon(listing.run)
+        group.start_soon(self._check_further, dispatcher)
         await dispatcher.run()
         group.cancel_scope.cancel()
         return dispatcher
+
+    async def _check_further(self, dispatcher: Dispatcher) -> None:
+        """Look at more of the state than there was time for before the first request."""
+        await anyio.sleep(_CHECK_AFTER_S)
+        try:
+            await anyio.to_thread.run_sync(check_further, self.folder, abandon_on_cancel=True)
+        except (errors.StoreError, errors.DiskError) as error:
+            if isinstance(error, errors.StoreDamaged):  # of all else says who needs the state
+                dispatcher.stop(str(error))
 
     def _give_up_doubt(self, row: Row) -> bool:
         again = self.again

@@ -37,7 +37,7 @@ def status(folder: Path, as_json: bool) -> int:
     _expect_sound(place)
     standing = read_standing(place.state)
     is_running = _complete(place, standing)
-    absent = of_saved(place.state, partial(missing, place.path))
+    absent, _ = of_saved(place.state, partial(missing, place.path))
     if as_json:
         told = to_json(place.path, standing.counts, standing.failures, absent)
         print(json.dumps({**told, "manifest": standing.manifest, "running": is_running}))

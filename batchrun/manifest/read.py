@@ -23,7 +23,7 @@ from batchrun.manifest import json_text
 from batchrun.manifest.json_array import JsonArray
 from batchrun.manifest.text import Fault, Text, too_long
 from batchrun.manifest.tsv import Lines, TsvRows, unquoted
-from batchrun.model import Problem, Severity, SourceRow
+from batchrun.model import Block, Problem, Severity, SourceRow
 
 #: A row beyond this is a file gone wrong (a quote never closed): real prompts have 10,000 characters.
 MAX_ROW_BYTES = 16 * 1024 * 1024
@@ -39,6 +39,8 @@ MAX_NAME_CHARS = 1000
 _MAX_CELL = 2**31 - 1
 #: Where a file has more broken quotes than this, the rest says nothing new.
 _MAX_BROKEN = 1000
+#: Rows of a block at most, which also ends with the piece of text it came from; more were not quicker.
+_BLOCK_ROWS = 500
 _QUOTED = re.compile(r'"[^"]*+(?:""[^"]*+)*+"')
 _PADDED_QUOTE = re.compile(r'\s+"')
 
@@ -150,7 +152,18 @@ class Manifest:
             self._stream.close()
 
     def rows(self) -> Iterator[SourceRow | Problem]:
+        """As `blocks`, row by row."""
+        for item in self.blocks():
+            if isinstance(item, Block):
+                yield from item.rows()
+            else:
+                yield item
+
+    def blocks(self) -> Iterator[Block | SourceRow | Problem]:
         """The rows in the file's order, and a Problem where one is wrong (a warning comes before its row).
+
+        Rows of csv and tsv that have a cell for every column come in blocks: what is the same in all of them
+        is then done once.
 
         CSV cells are text as it is, absent when empty or all white space; JSON cells are JSON values with
         floats as Decimal and null as None. Unnamed columns and lines of nothing but white space are left
@@ -178,14 +191,15 @@ class Manifest:
 
     # --- csv and tsv -----------------------------------------------------------------------------
 
-    def _csv(self) -> Iterator[SourceRow | Problem]:
+    def _csv(self) -> Iterator[Block | SourceRow | Problem]:
         assert self.delimiter is not None
         # The limit is the process's, not the reader's; our own (max_row_bytes) is met before it.
         csv.field_size_limit(_MAX_CELL)
         text = self._text
         reader = csv.reader(text.lines(), delimiter=self.delimiter, strict=True)
         columns: list[str] = []
-        width = done = 0
+        block = Block()
+        width = done = pieces = 0
         while True:
             try:
                 for row in reader:
@@ -194,45 +208,78 @@ class Manifest:
                     if not columns:
                         columns = self._header(row, line)
                         width = len(columns)
+                        block = Block(columns)
                         continue
                     if self._broken_quotes:
                         continue
                     if done > line and sum(map(len, row)) > self._max_row_bytes:
                         raise too_long(self._max_row_bytes, line)
-                    cells = {n: cell for n, cell in zip(columns, row) if n and cell and not cell.isspace()}
-                    if cells and len(row) == width:
-                        yield SourceRow(line, cells)
-                    else:
-                        yield from self._uneven(line, row, cells, columns)
+                    if len(row) == width > 1:
+                        block.lines.append(line)
+                        block.cells.append(row)
+                        if len(block.lines) < _BLOCK_ROWS and pieces == text.pieces:
+                            continue
+                        pieces = text.pieces
+                    yield from block.taken()
+                    if len(row) != width or width == 1:
+                        yield from self._by_itself(line, row, columns)
+                yield from block.taken()
                 return
             except csv.Error as error:
+                yield from block.taken()
                 begin, done = done + 1, reader.line_num
                 if problem := self._quote_problem(str(error), begin, done):
                     yield problem
                 text.row_line = done + 1
                 if not columns:
                     return
+            except Fault:
+                yield from block.taken()
+                raise
 
-    def _tsv(self) -> Iterator[SourceRow | Problem]:
+    def _tsv(self) -> Iterator[Block | SourceRow | Problem]:
         assert self.delimiter is not None
         text = self._text
         lines = Lines(text.lines())
         rows = TsvRows(lines, self.delimiter, self._max_row_bytes)
         columns: list[str] = []
-        for line in lines:
-            begin = text.row_line = lines.number
-            body = line.rstrip("\r\n")
-            if not columns:
-                if "\r" in body:
-                    raise Fault("carriage returns without line feeds; save the file with line feeds", begin)
-                columns = self._header([unquoted(cell) for cell in body.split(self.delimiter)], begin)
-            elif body:
-                row = rows.split(line, len(columns))
-                cells = {n: cell for n, cell in zip(columns, row) if n and cell and not cell.isspace()}
-                if cells and len(row) == len(columns):
-                    yield SourceRow(begin, cells)
-                else:
-                    yield from self._uneven(begin, row, cells, columns)
+        block = Block()
+        pieces = 0
+        try:
+            for line in lines:
+                begin = text.row_line = lines.number
+                body = line.rstrip("\r\n")
+                if not columns:
+                    if "\r" in body:
+                        raise Fault(
+                            "carriage returns without line feeds; save the file with line feeds", begin
+                        )
+                    columns = self._header([unquoted(cell) for cell in body.split(self.delimiter)], begin)
+                    block = Block(columns)
+                elif body:
+                    row = rows.split(line, len(columns))
+                    if len(row) == len(columns) > 1:
+                        block.lines.append(begin)
+                        block.cells.append(row)
+                        if len(block.lines) < _BLOCK_ROWS and pieces == text.pieces:
+                            continue
+                        pieces = text.pieces
+                    yield from block.taken()
+                    if len(row) != len(columns) or len(columns) == 1:
+                        yield from self._by_itself(begin, row, columns)
+        except Fault:
+            yield from block.taken()
+            raise
+        yield from block.taken()
+
+    def _by_itself(
+        self, line: int, row: Sequence[str], columns: Sequence[str]
+    ) -> Iterator[SourceRow | Problem]:
+        cells = {n: cell for n, cell in zip(columns, row) if n and cell and not cell.isspace()}
+        if cells and len(row) == len(columns):
+            yield SourceRow(line, cells)
+        else:
+            yield from self._uneven(line, row, cells, columns)
 
     def _header(self, cells: Sequence[str], line: int) -> list[str]:
         """The columns that the header names; none for a blank line, which is no header. Raises Fault."""

@@ -54,6 +54,8 @@ class Text:
         self._lines_before = 0
         #: Whether a byte order mark was met, as Excel writes and wants one.
         self.has_bom = False
+        #: How many pieces of text lines() has come to.
+        self.pieces = 0
         self._bytes_before = 0
         #: (its first line, text) of each block that holds a part of the present row.
         self._held: deque[tuple[int, str]] = deque()
@@ -86,6 +88,7 @@ class Text:
             if self._held:
                 inside += len(block)
             self._held.append((line, block))
+            self.pieces += 1
             yield block
             line += block.count("\n")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from batchrun.model import Problem, Request, Severity, Tool
+from batchrun.model import LocalImage, Problem, Request, Severity, Tool, Value
 
 #: A column of texts this long looks like prompts.
 _PROSE_CHARS = 20
@@ -27,17 +27,28 @@ class Hints:
         self._unexpanded: Counter[str] = Counter()
         self._misspelt: dict[str, str] = {}
 
-    def request(self, tool: Tool, request: Request) -> None:
-        """Take in a bound request."""
+    def requests(
+        self, tool: Tool, count: int, *, samples_left: int, seeds: Iterable[Value | LocalImage | None]
+    ) -> None:
+        """Take in bound requests: how many, how many leave `samples` at several, the seeds given.
+
+        Seeds are asked for only until two are different.
+        """
         self._tools[tool.slug] = tool
-        self._requests[tool.slug] += 1
-        has_samples = tool.parameter("samples") is not None
-        if has_samples and "samples" not in request.given and request.images > 1:
-            self._samples_left[tool.slug] += 1
-        seeds = self._seeds.setdefault(tool.slug, set())
-        if len(seeds) < 2:
-            seed = request.given.get("seed")
-            seeds.add("" if seed is None else str(seed))
+        self._requests[tool.slug] += count
+        if samples_left:
+            self._samples_left[tool.slug] += samples_left
+        known = self._seeds.setdefault(tool.slug, set())
+        if len(known) < 2:
+            for seed in seeds:
+                known.add("" if seed is None else str(seed))
+                if len(known) == 2:
+                    break
+
+    def request(self, tool: Tool, request: Request) -> None:
+        """Take in one."""
+        left = request.images > 1 and "samples" not in request.given and tool.parameter("samples") is not None
+        self.requests(tool, 1, samples_left=int(left), seeds=(request.given.get("seed"),))
 
     def unused(self, cells: Mapping[str, Any]) -> None:
         """Take in the cells of a row that are no parameters."""

@@ -18,13 +18,14 @@ from batchrun.errors import ManifestError, UsageError
 from batchrun.manifest.expand import Axis, Expansion
 from batchrun.manifest.job import Job
 from batchrun.manifest.json_text import encode, shown
-from batchrun.model import Cell, Problem, Severity, SourceRow, Tool
+from batchrun.model import Block, Cell, Problem, Request, Severity, SourceRow, Tool
+from batchrun.plan.columns import Columns
 from batchrun.plan.hints import Hints
 from batchrun.plan.identity import content_hash
 from batchrun.plan.inputs import LocalImages
 from batchrun.store.planning import Planning, Staged
-from batchrun.store.records import dumps, given_to_json
-from batchrun.tools.bind import Binder, closest
+from batchrun.store.records import cells_given, dumps, given_to_json
+from batchrun.tools.bind import Binder, Refused, closest
 from batchrun.tools.catalog import Catalog, to_json
 
 ID, TOOL = "id", "tool"
@@ -59,8 +60,8 @@ class Rows(Protocol):
         """Whether reading came to the end."""
         ...
 
-    def rows(self) -> Iterator[SourceRow | Problem]:
-        """Every row in order, and problems of form."""
+    def blocks(self) -> Iterator[Block | SourceRow | Problem]:
+        """Every row in order, by itself or with others of its kind, and problems of form."""
         ...
 
 
@@ -182,6 +183,10 @@ class Reading:
         self._unseen_columns = set(job.map.values())
         #: Names of columns, as far as they are remembered.
         self._columns: set[str] = set()
+        #: The columns of a table and of its expansion; None: rows name their own cells.
+        self._header: frozenset[str] | None = None
+        #: How rows of this header are bound together; None: each by itself.
+        self._together: tuple[Sequence[str], _ToolInUse | None, Columns | None] | None = None
         self._expanded = 0
         self._is_too_many = False
         self._strangers: dict[str, _Stranger] = {}
@@ -192,9 +197,14 @@ class Reading:
         """Read to the end; `findings` then says what is wrong, and the planning holds the rows."""
         blank = manifest.blank_is_default
         misread: Problem | None = None
-        for number, item in enumerate(manifest.rows()):
-            if number % 500 == 0:
+        for number, item in enumerate(manifest.blocks()):
+            if number % 500 == 0 or isinstance(item, Block):
                 self._checkpoint()
+            if self._header is None and manifest.columns is not None:
+                self._header = frozenset(form_columns(self._job, manifest.columns))
+            if isinstance(item, Block):
+                self._block(item)
+                continue
             if isinstance(item, Problem):
                 self.findings.add(item)
                 if item.severity is Severity.ERROR:
@@ -211,9 +221,83 @@ class Reading:
             self.findings.blocking.append(misread or Problem("was not read to its end", self._name))
         self._tell_strangers()
         self._check_names()
-        _, self.images, _, identical = self._planning.summary()
+        _, self.images, identical = self._planning.summary()
         self._check_ids()
         self.findings.hints.extend(self._hints.told(file=self._name, identical=identical))
+
+    # --- many rows ----------------------------------------------------------------------------------
+
+    def _block(self, block: Block) -> None:
+        """Rows of one header: together where they are simple, one by one where not."""
+        if self._together is None or self._together[0] != block.columns:
+            self._together = self._bound_together(block.columns)
+        _, used, columns = self._together
+        if used is None or columns is None:
+            for row in block.rows():
+                self._row(row, True)
+            return
+        staged, hard = columns.bind(block)
+        simple: Sequence[int] = range(len(staged))
+        if not hard:
+            self._planning.stage(staged)
+        else:
+            simple = [at for at in simple if at not in hard]
+            for at, one in enumerate(staged):
+                if at in hard:
+                    self._row(block.row(at), True)
+                else:
+                    self._planning.stage([one])
+        left = 0
+        if used.tool.parameter("samples") is not None:
+            several = [at for at in simple if staged[at].images > 1]
+            left = sum(value is None for value in columns.given(block, "samples", several))
+        seeds = columns.given(block, "seed", simple)
+        self._hints.requests(used.tool, len(simple), samples_left=left, seeds=seeds)
+        self.rows_by_tool[used.tool.slug] += len(simple)
+        self.valid_by_tool[used.tool.slug] += len(simple)
+        self.findings.valid_rows += len(simple)
+        self.requests += len(simple)
+
+    def _bound_together(
+        self, header: Sequence[str]
+    ) -> tuple[Sequence[str], _ToolInUse | None, Columns | None]:
+        """How rows of this header are bound; None when each must be read by itself."""
+        job, named = self._job, [name for name in header if name]
+        if self._axes or job.repeat > 1 or job.tool is None or self._column(TOOL) in named:
+            return header, None, None
+        try:
+            used = self._tool(job.tool)
+        except UsageError:
+            return header, None, None
+        id_column = self._column(ID)
+        meant = [[name for name in self._meant_by(column) if used.binder.knows(name)] for column in header]
+        parameters = [
+            "" if not column else "".join(names) for column, names in zip(header, meant, strict=True)
+        ]
+        strange = [
+            column
+            for column, names in zip(header, meant, strict=True)
+            if column and (len(names) > 1 or (column == id_column) == bool(names))
+        ]
+        given = list(filter(None, parameters))
+        if strange or len(set(given)) < len(given):
+            return header, None, None
+        try:
+            columns = Columns(
+                header,
+                parameters,
+                id_at=header.index(id_column) if id_column in header else None,
+                run_path=used.tool.run_path,
+                tool=used.number,
+                binder=used.binder,
+                set_values={name: value for name, value in job.set.items() if used.binder.knows(name)},
+                read_image=self._images.read,
+                max_images=MAX_IMAGES,
+                text_of=lambda cells: encode(dict(cells)),
+            )
+        except (Refused, ManifestError):
+            return header, None, None
+        return header, used, columns
 
     # --- one row ------------------------------------------------------------------------------------
 
@@ -288,7 +372,7 @@ class Reading:
         by_set = {name for name in self._job.set if name not in overlay and self._given(row, name) is None}
         own = content_hash(used.tool.run_path, request.given, without=by_set) if by_set else content
         self.requests += 1
-        self._planning.stage(
+        self._stage(
             Staged(
                 line=row.line,
                 id=id_,
@@ -298,9 +382,20 @@ class Reading:
                 given=given_to_json(request.given),
                 extra=encode(dict(line.extra)) if line.extra else "{}",
                 images=request.images,
-                cells=encode(dict(source)),
+                cells=self._cells(source, id_, request),
             )
         )
+
+    def _cells(self, source: Mapping[str, Cell], id_: str | None, request: Request) -> str | None:
+        """The row as the manifest had it; None when what it gives tells it."""
+        told = cells_given(id_, request.given, self._header)
+        if self._header is not None:
+            return None if told == source else encode(dict(source))
+        text = encode(dict(source))
+        return None if text == encode(told) else text
+
+    def _stage(self, staged: Staged) -> None:
+        self._planning.stage([staged])
 
     def _given(self, row: SourceRow, parameter: str) -> Cell:
         return row.cells.get(self._column(parameter))
@@ -314,7 +409,7 @@ class Reading:
         text = encode(dict(cells))
         content = content_hash("invalid", {"cells": text})
         self.requests += 1
-        self._planning.stage(Staged(line, id_, content, content, None, "{}", "{}", 0, text, message=message))
+        self._stage(Staged(line, id_, content, content, None, "{}", "{}", 0, text, message=message))
 
     def _source(self, row: SourceRow, id_: str | None, overlay: Mapping[str, Cell]) -> dict[str, Cell]:
         """The row as it would stand in a manifest of its own, with the values of its expansion."""
@@ -510,6 +605,12 @@ class Reading:
                 "or leave ids out"
             )
             self.findings.block(Problem(told, self._name, twice.line, self._column(ID)))
+
+
+def form_columns(job: Job, columns: Sequence[str]) -> list[str]:
+    """A table's columns and those that its expansion adds."""
+    added = [job.map.get(axis.name, axis.name) for axis in job.axes]
+    return [*columns, *(name for name in added if name not in columns)]
 
 
 def _meant(name: str, names: Iterable[str]) -> str:

@@ -50,7 +50,12 @@ def stem_with_hash(id: str) -> str:
 
 def image_base(seq: int, stem: str, index: int) -> str:
     """An image's path without its extension, relative to the run folder: `images/000/<stem>_<index>`."""
-    return f"images/{(seq - 1) // ROWS_PER_FOLDER:03d}/{stem}_{index}"
+    return f"{image_folder((seq - 1) // ROWS_PER_FOLDER)}/{stem}_{index}"
+
+
+def image_folder(number: int) -> str:
+    """A folder of images by its number, from 0, relative to the run folder."""
+    return f"images/{number:03d}"
 
 
 def image_path(seq: int, stem: str, index: int, extension: str) -> str:

@@ -23,8 +23,10 @@ from batchrun.store.connection import connect, damaged, store_error
 from batchrun.store.folder import Folder
 from batchrun.store.reading import known_tasks
 
-#: The pages of the state are looked at for so long before a run; a million rows would take half a minute.
-PATIENCE_S = 1.0
+#: The pages of the state are looked at for so long before anything else, and for so long while a run goes on:
+#: a million rows would take half a minute.
+PATIENCE_S = 0.05
+FURTHER_S = 1.0
 #: The end of results.jsonl that is held against the state, in bytes.
 TAIL_BYTES = 64 * 1024
 #: Frames of the log whose checksums are followed (80 MB); beyond that SQLite's own word counts.
@@ -63,6 +65,15 @@ def check_sound(folder: Folder, *, patience_s: float | None = PATIENCE_S) -> Non
             if isinstance(error, sqlite3.Error)
             else damaged(state, "it holds texts that are none")
         ) from error
+
+
+def check_further(folder: Folder) -> None:
+    """Look at the pages of a state that is in use for FURTHER_S; raises StoreDamaged when some are none."""
+    try:
+        with closing(connect(folder.state, read_only=True)) as connection:
+            _check_pages(connection, folder.state, FURTHER_S)
+    except sqlite3.Error as error:
+        raise store_error(error, folder.state) from error
 
 
 def _check_pages(connection: sqlite3.Connection, state: Path, patience_s: float | None) -> None:

@@ -29,6 +29,11 @@ def _fourth(connection: sqlite3.Connection) -> None:
     connection.execute("ALTER TABLE rows ADD COLUMN kept TEXT")
 
 
+def _fifth(connection: sqlite3.Connection) -> None:
+    # folders of images that were found whole, and what told them then: see reading.read_places
+    connection.execute("CREATE TABLE whole (place INTEGER PRIMARY KEY, mark TEXT NOT NULL) STRICT")
+
+
 def _statements(script: str) -> list[str]:
     """The statements of a script; executescript() would commit, and a step must be whole or absent."""
     lines = [line.split("--")[0] for line in script.splitlines()]
@@ -36,7 +41,7 @@ def _statements(script: str) -> list[str]:
 
 
 #: In order; the file's user_version counts how many have run.
-STEPS: tuple[Callable[[sqlite3.Connection], None], ...] = (_first, _second, _third, _fourth)
+STEPS: tuple[Callable[[sqlite3.Connection], None], ...] = (_first, _second, _third, _fourth, _fifth)
 
 
 def migrate(connection: sqlite3.Connection) -> None:

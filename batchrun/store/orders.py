@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from batchrun.errors import StoreError
 from batchrun.model import Counts, Failure, State
 from batchrun.store.connection import connect, store_error
-from batchrun.store.reading import read_saved_paths
+from batchrun.store.reading import UNFINISHED, Place, read_places
 from batchrun.store.rebuilding import facts
 from batchrun.store.store import read_counts, read_failures
 
@@ -52,11 +52,11 @@ class Standing:
     is_unread: bool = False
 
 
-def of_saved(state: Path, question: Callable[[Iterator[str]], T]) -> T:
-    """What `question` makes of the paths of all images of done rows. Raises StoreError."""
+def of_saved(state: Path, question: Callable[[Iterator[Place]], T]) -> T:
+    """What `question` makes of the folders with images of done rows. Raises StoreError."""
     connection = connect(state, read_only=True)
     try:
-        return question(read_saved_paths(connection))
+        return question(read_places(connection))
     except sqlite3.Error as error:
         raise store_error(error, state) from error
     finally:
@@ -74,7 +74,7 @@ def read_standing(state: Path) -> Standing:
             "SELECT EXISTS (SELECT 1 FROM rows WHERE settled > ? AND present = 1)", (mark.get("settled", 0),)
         ).fetchone()[0]
         active = connection.execute(
-            "SELECT count(*) FROM rows WHERE state IN ('submitting', 'in_flight')"
+            f"SELECT count(*) FROM rows WHERE state IN ('submitting', 'in_flight') AND {UNFINISHED}"
         ).fetchone()[0]
         is_open = connection.execute("SELECT EXISTS (SELECT 1 FROM leases WHERE ended_at IS NULL)").fetchone()
         return Standing(

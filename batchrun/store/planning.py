@@ -1,7 +1,9 @@
 """Bringing a read manifest into the state: rows are staged, numbered, matched with what is known, merged.
 
 Staging lives in a temporary table on disk, so that memory does not grow with the manifest, and nothing of
-the run changes until the whole manifest has been read and found right. A row is known again by
+the run changes until the whole manifest has been read and found right. Where no row is known yet (the first
+reading of most runs) there is nothing to match, and rows go straight to their place, in a transaction that
+ends with the reading; indexes are made at its end. Else a row is known again by
 
 1. its id, or the hash of what it asks for and its number among identical rows; else
 2. without an id: the hash of what the row itself gives, without `--set` (so that a changed `--set` is seen
@@ -15,9 +17,11 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from batchrun.model import State
 from batchrun.rules.naming import stem, stem_with_hash
@@ -26,7 +30,7 @@ from batchrun.store import rebuilding
 from batchrun.store.changes import NEXT_GENERATION, next_settled
 from batchrun.store.migrations import migrate
 from batchrun.store.reading import read_value
-from batchrun.store.records import dumps
+from batchrun.store.records import cells_given, dumps
 
 #: Staged rows are written in groups of this many, or of so many characters: a row may have megabytes.
 GROUP = 2000
@@ -35,7 +39,7 @@ GROUP_CHARS = 4_000_000
 _STAGED = """
 CREATE TEMP TABLE staged (
     n INTEGER PRIMARY KEY, line INTEGER NOT NULL, id TEXT, content BLOB NOT NULL, own BLOB NOT NULL,
-    tool INTEGER, given TEXT NOT NULL, extra TEXT NOT NULL, images INTEGER NOT NULL, cells TEXT NOT NULL,
+    tool INTEGER, given TEXT NOT NULL, extra TEXT NOT NULL, images INTEGER NOT NULL, cells TEXT,
     message TEXT, key TEXT, seq INTEGER, name TEXT
 )
 """
@@ -53,8 +57,7 @@ _PAID = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Staged:
+class Staged(NamedTuple):
     """One request of the manifest as read, to be merged."""
 
     line: int
@@ -68,8 +71,8 @@ class Staged:
     given: str
     extra: str
     images: int
-    #: The row as the manifest had it, as JSON.
-    cells: str
+    #: The row as the manifest had it, as JSON; None when what it gives tells it (records.cells_given).
+    cells: str | None
     #: What is wrong with an invalid row; None for a good one.
     message: str | None = None
 
@@ -117,10 +120,28 @@ class Planning:
         self._group: list[Staged] = []
         self._group_chars = 0
         self._tools: dict[str, int] = {}
-        self._run("DROP TABLE IF EXISTS staged")
-        self._run(_STAGED)
+        #: Rows and images by tool's number; None: invalid rows.
+        self._rows: Counter[int | None] = Counter()
+        self._images: Counter[int | None] = Counter()
+        self._identical: int | None = None
+        self._is_begun = False
+        #: The manifest's, as merged.
+        self._columns: list[str] | None = None
+        #: What makes the indexes that were dropped for the first reading, by name; None: no first reading.
+        self._indexes: dict[str, str] | None = {} if self._is_first() else None
         connection.create_function("row_stem", 3, stem, deterministic=True)
         connection.create_function("hashed_stem", 1, stem_with_hash, deterministic=True)
+        connection.create_function("cells_given", 2, self._cells_given)
+
+    def _cells_given(self, id: str | None, given: str) -> str:
+        return dumps(cells_given(id, json.loads(given), self._columns))
+
+    def _is_first(self) -> bool:
+        """Whether no row is known. A state made by an earlier version has the keys' index in its table."""
+        if read_value(self.connection, "SELECT EXISTS (SELECT 1 FROM main.rows)"):
+            return False
+        query = "SELECT EXISTS (SELECT 1 FROM main.sqlite_schema WHERE name = 'rows_key')"
+        return bool(read_value(self.connection, query)) and not rebuilding.facts(self.connection).get("merge")
 
     @classmethod
     @contextmanager
@@ -139,25 +160,61 @@ class Planning:
             self._tools[description] = read_value(self.connection, query, (description,))
         return self._tools[description]
 
-    def stage(self, row: Staged) -> None:
-        """Add one request, in manifest order."""
-        self._group.append(row)
-        self._group_chars += len(row.given) + len(row.extra) + len(row.cells)
+    def stage(self, rows: Sequence[Staged]) -> None:
+        """Add requests, in manifest order."""
+        self._group += rows
+        for row in rows:
+            self._group_chars += len(row.given) + len(row.extra) + len(row.cells or "")
         if len(self._group) >= GROUP or self._group_chars >= GROUP_CHARS:
             self._flush()
 
     def _flush(self) -> None:
-        with self._transaction("BEGIN"):
-            self.connection.executemany(
-                "INSERT INTO staged (line, id, content, own, tool, given, extra, images, cells, message) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                [
-                    (r.line, r.id, r.content, r.own, r.tool, r.given, r.extra, r.images, r.cells, r.message)
-                    for r in self._group
-                ],
-            )
-        self._group.clear()
-        self._group_chars = 0
+        group, self._group, self._group_chars = self._group, [], 0
+        staged = self._rows.total()
+        for row in group:
+            self._rows[row.tool] += 1
+            self._images[row.tool] += row.images
+        if not self._is_begun:
+            self._begin()
+        if self._indexes is None:
+            with self._transaction("BEGIN"):
+                self.connection.executemany(
+                    "INSERT INTO staged (line, id, content, own, tool, given, extra, images, cells, message) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    group,
+                )
+            return
+        self.connection.executemany(
+            "INSERT INTO main.rows (line, id, content, own, tool, given, extra, images, key, state, cause, "
+            "message, name) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, "
+            "coalesce('id:' || ?2, lower(hex(?3)) || '.1'), iif(?10 IS NULL, 'planned', 'invalid'), "
+            "iif(?10 IS NULL, NULL, 'invalid row'), ?10, ?11)",
+            [(*row, stem(row.id, row.line, "" if row.id else f"{row.content.hex()}.1")) for row in group],
+        )
+        sources = [(seq, row.cells) for seq, row in enumerate(group, staged + 1) if row.cells is not None]
+        if sources:
+            self.connection.executemany("INSERT INTO main.sources (row, cells) VALUES (?, ?)", sources)
+
+    def _begin(self) -> None:
+        self._is_begun = True
+        if self._indexes is None:
+            self._run("DROP TABLE IF EXISTS temp.staged")
+            self._run(_STAGED)
+            return
+        self._run("PRAGMA foreign_keys = OFF")  # the tools' numbers are our own
+        self._run("BEGIN IMMEDIATE")
+        self._indexes.update(
+            self._run(
+                "SELECT name, sql FROM main.sqlite_schema WHERE type = 'index' AND tbl_name = 'rows'"
+            ).fetchall()
+        )
+        for name in self._indexes:
+            self._run(f"DROP INDEX main.{name}")
+
+    def _read_all(self) -> None:
+        """Everything staged is in its table, and counted."""
+        if self._group or not self._is_begun:
+            self._flush()
 
     @contextmanager
     def _transaction(self, begin: str) -> Iterator[None]:
@@ -169,23 +226,41 @@ class Planning:
             raise
         self._run("COMMIT")
 
+    @property
+    def _table(self) -> tuple[str, str]:
+        """Where rows are staged, and the column of their numbers there."""
+        return ("temp.staged", "n") if self._indexes is None else ("main.rows", "seq")
+
     def duplicates(self) -> Iterator[DuplicateId]:
         """Ids that stand on more than one line, each later line once."""
-        self._flush()
-        records = self._run(
-            "SELECT id, line, first FROM (SELECT id, line, row_number() OVER same AS number, "
-            "first_value(line) OVER same AS first FROM staged WHERE id IS NOT NULL "
-            "WINDOW same AS (PARTITION BY id ORDER BY n)) WHERE number > 1 ORDER BY line"
-        )
-        return (DuplicateId(*record) for record in records)
+        self._read_all()
+        table, number = self._table
+        try:
+            if self._indexes:
+                self._number_first()
+                self._run(self._indexes["rows_key"])
+                del self._indexes["rows_key"]
+            else:
+                self._run("CREATE UNIQUE INDEX temp.staged_id ON staged (id) WHERE id IS NOT NULL")
+        except sqlite3.IntegrityError:
+            records = self._run(
+                "SELECT id, line, first FROM (SELECT id, line, row_number() OVER same AS number, "
+                f"first_value(line) OVER same AS first FROM {table} WHERE id IS NOT NULL "
+                f"WINDOW same AS (PARTITION BY id ORDER BY {number})) WHERE number > 1 ORDER BY line"
+            )
+            return (DuplicateId(*record) for record in records)
+        return iter(())
 
-    def summary(self) -> tuple[int, int, dict[int, int], int]:
-        """Requests, expected images, valid ones by tool number, and how many of these repeat another."""
-        self._flush()
-        rows, images = self._run("SELECT count(*), coalesce(sum(images), 0) FROM staged").fetchone()
-        by_tool = self._run("SELECT tool, count(*) FROM staged WHERE message IS NULL GROUP BY tool")
-        query = "SELECT count(*) - count(DISTINCT content) FROM staged WHERE message IS NULL"
-        return rows, images, dict(by_tool.fetchall()), read_value(self.connection, query)
+    def summary(self) -> tuple[int, int, int]:
+        """Requests, expected images, and how many requests that can be made repeat another."""
+        self._read_all()
+        if self._identical is None:
+            self._identical = read_value(
+                self.connection,
+                "SELECT coalesce(sum(times - 1), 0) FROM (SELECT count(*) AS times "
+                f"FROM {self._table[0]} WHERE message IS NULL GROUP BY content)",
+            )
+        return self._rows.total(), self._images.total(), self._identical
 
     def merge(
         self, *, manifest: str, job: str, at: float, stamp: str, form: str, rerun_changed: bool
@@ -194,27 +269,80 @@ class Planning:
 
         The stamp is kept only when nothing is left to be told at the next start.
         """
-        identical = self.summary()[3]
-        with self._transaction("BEGIN IMMEDIATE"):
+        rows, images, identical = self.summary()
+        self._columns = json.loads(form).get("columns")
+        try:
+            if self._indexes is None:
+                self._run("BEGIN IMMEDIATE")
             self._run(
                 "INSERT OR IGNORE INTO run (id, manifest, created_at, job) VALUES (1, ?, ?, ?)",
                 (manifest, at, job),
             )
-            self._number()
-            if rebuilding.facts(self.connection).get("merge"):
-                rebuilding.fill_in(self.connection)
-            self._match()
-            merged = self._apply(rerun_changed=rerun_changed, identical=identical)
+            if self._indexes is not None:
+                self._take_first()
+                merged = Merged(
+                    rows=rows, images=images, new=rows, replaced=0, changed=0, rerun=0, gone=0,
+                    invalid=self._rows[None], identical=identical, by_tool=self._planned_by_tool(),
+                )  # fmt: skip
+            else:
+                self._number()
+                if rebuilding.facts(self.connection).get("merge"):
+                    rebuilding.fill_in(self.connection)
+                self._match()
+                merged = self._apply(rerun_changed=rerun_changed, identical=identical)
             self._run(
                 "UPDATE run SET manifest = ?, job = ?, stamp = ?, form = ?",
                 (manifest, job, "" if merged.changed else stamp, form),
             )
-        self.abandon()
+            self._run("COMMIT")
+        finally:
+            self.abandon()
         return merged
 
     def abandon(self) -> None:
-        """Forget what was staged."""
-        self._run("DROP TABLE IF EXISTS staged")
+        """Forget what was staged and not merged."""
+        if self.connection.in_transaction:
+            self._run("ROLLBACK")
+        self._run("DROP TABLE IF EXISTS temp.staged")
+        self._run("PRAGMA foreign_keys = ON")
+        self._is_begun = False
+
+    # --- the first reading ----------------------------------------------------------------------------
+
+    def _number_first(self) -> None:
+        """Identical rows without an id are distinct pictures and are numbered."""
+        if self.summary()[2] or self._rows[None]:
+            self._run(
+                "UPDATE main.rows AS known SET key = lower(hex(content)) || '.' || number, "
+                "name = row_stem(NULL, line, lower(hex(content)) || '.' || number) FROM "
+                "(SELECT seq, row_number() OVER (PARTITION BY content ORDER BY seq) AS number "
+                "FROM main.rows WHERE id IS NULL) AS same WHERE same.seq = known.seq AND number > 1"
+            )
+
+    def _take_first(self) -> None:
+        """The rows are in their place: what a row needs beside is made."""
+        if "rows_key" in (self._indexes or {}):
+            for twice in self.duplicates():
+                raise sqlite3.IntegrityError(f"the id {twice.id} is there twice")
+        for name, statement in (self._indexes or {}).items():
+            try:
+                self._run(statement)
+            except sqlite3.IntegrityError:
+                if name != "rows_name":
+                    raise
+                self._run(
+                    "UPDATE main.rows AS known SET name = hashed_stem(coalesce(id, key)) FROM "
+                    "(SELECT seq, row_number() OVER (PARTITION BY name COLLATE NOCASE ORDER BY seq) "
+                    "AS number FROM main.rows) AS same WHERE same.seq = known.seq AND number > 1"
+                )
+                self._run(statement)
+        self._settle_invalid()
+        invalid = self._rows[None]
+        self._run("DELETE FROM counts")
+        self.connection.executemany(
+            "INSERT INTO counts (state, rows) VALUES (?, ?)",
+            [(State.PLANNED, self._rows.total() - invalid), (State.INVALID, invalid)],
+        )
 
     # --- which row is which -------------------------------------------------------------------------
 
@@ -263,12 +391,10 @@ class Planning:
         for seq in (*replaced, *rerun):
             self._replace(seq)
         new = self._insert()
-        self._run(
-            "UPDATE main.sources AS old SET cells = staged.cells FROM staged "
-            "WHERE staged.seq = old.row AND old.cells <> staged.cells"
-        )
+        self._keep_sources()
         rebuilding.doubt_the_rest(self.connection)
         rebuilding.recount(self.connection)
+        self._run("DELETE FROM whole")  # rows that are back bring images back
         if gone or restored or moved or replaced or rerun:
             # what the sidecar files say of lines, extras and rows is not true any more
             self._run("UPDATE run SET listed = '{}'")
@@ -406,23 +532,45 @@ class Planning:
             "LEFT JOIN temp.free ON free.n = new.number ORDER BY number",
             (first,),
         ).rowcount
-        run(
-            "INSERT INTO main.sources (row, cells) SELECT known.seq, staged.cells FROM staged "
-            "JOIN main.rows AS known ON known.key = staged.key WHERE staged.seq IS NULL ORDER BY known.seq"
-        )
-        for (seq,) in run(
+        self._settle_invalid()
+        return new
+
+    def _settle_invalid(self) -> None:
+        """Rows that cannot be asked for rest as they are."""
+        for (seq,) in self._run(
             "SELECT seq FROM main.rows WHERE state = 'invalid' AND settled IS NULL ORDER BY seq"
         ).fetchall():
-            run("UPDATE main.rows SET settled = ? WHERE seq = ?", (next_settled(self.connection), seq))
-        return new
+            self._run("UPDATE main.rows SET settled = ? WHERE seq = ?", (next_settled(self.connection), seq))
+
+    def _keep_sources(self) -> None:
+        """Rows as the manifest has them now, as far as what they give does not tell it."""
+        run = self._run
+        run(
+            "UPDATE staged SET seq = known.seq FROM main.rows AS known "
+            "WHERE staged.seq IS NULL AND known.key = staged.key"
+        )
+        run(
+            # bought, or on their way, and asked for otherwise since
+            "UPDATE staged SET cells = cells_given(staged.id, staged.given) FROM main.rows AS known "
+            "WHERE known.seq = staged.seq AND cells IS NULL AND known.given <> staged.given"
+        )
+        run(
+            "DELETE FROM main.sources AS old WHERE EXISTS "
+            "(SELECT 1 FROM staged WHERE staged.seq = old.row AND cells IS NULL)"
+        )
+        run(
+            "INSERT INTO main.sources (row, cells) SELECT seq, cells FROM staged WHERE cells IS NOT NULL "
+            "ORDER BY seq ON CONFLICT (row) DO UPDATE SET cells = excluded.cells "
+            "WHERE cells <> excluded.cells"
+        )
 
     # --- what is counted ----------------------------------------------------------------------------
 
     def _planned_by_tool(self) -> dict[str, tuple[int, int]]:
         records = self._run(
-            "SELECT json_extract(tools.description, '$.run_path'), count(*), sum(images) "
-            "FROM main.rows AS known JOIN tools ON tools.id = known.tool "
-            "WHERE present = 1 AND state = 'planned' GROUP BY 1"
+            "SELECT json_extract(description, '$.run_path'), sum(many), sum(images) FROM tools JOIN "
+            "(SELECT tool, count(*) AS many, sum(images) AS images FROM main.rows "
+            "WHERE present = 1 AND state = 'planned' GROUP BY tool) ON tool = id GROUP BY 1"
         )
         return {run_path: (rows, images) for run_path, rows, images in records}
 

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 from batchrun.model import Attempt, Counts, Failure, Output, Row, State
 from batchrun.rules.budget import Bills, Budget
+from batchrun.rules.naming import ROWS_PER_FOLDER, image_folder
 from batchrun.rules.policy import PAID_CAUSES
-from batchrun.store.records import ATTEMPT_COLUMNS, OUTPUT_COLUMNS, load_row, read_attempt, read_output
+from batchrun.store.records import (
+    ATTEMPT_COLUMNS,
+    OUTPUT_COLUMNS,
+    cells_given,
+    load_row,
+    read_attempt,
+    read_output,
+)
+
+#: The conditions of the partial indexes, word for word: SQLite takes one only where a query holds it.
+UNFINISHED = "state IN ('planned', 'submitting', 'in_flight', 'in_doubt', 'finished')"
+TROUBLED = "state IN ('failed', 'cancelled', 'invalid', 'in_doubt')"
+#: A row by its id or its file name.
+_NAMED = "(key = 'id:' || ?1 OR (name = ?1 COLLATE NOCASE AND name = ?1))"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +87,7 @@ def read_failures(connection: sqlite3.Connection, limit: int) -> list[tuple[Stat
     # the message comes from the row that has the smallest line: SQLite's rule for such columns
     wanted = (
         "SELECT state, cause, coalesce(message, ''), count(*), min(line) FROM rows "
-        "WHERE state IN ('failed', 'cancelled', 'invalid', 'in_doubt') AND present = 1 "
+        f"WHERE {TROUBLED} AND present = 1 "
         "AND cause IS NOT NULL "
     )
     groups = []
@@ -113,24 +128,63 @@ def _tasks_of(connection: sqlite3.Connection, seq: int) -> tuple[Attempt, ...]:
 
 def read_rejected(connection: sqlite3.Connection, *, after_seq: int, limit: int) -> list[Rejected]:
     """Rows of the present manifest that neither made it nor were paid for, as it had them, by row number."""
-    paid = ", ".join("?" * len(PAID_CAUSES))
-    records = connection.execute(
-        "SELECT rows.seq, sources.cells FROM rows JOIN sources ON sources.row = rows.seq "
-        "WHERE state IN ('failed', 'cancelled', 'invalid') AND present = 1 AND rows.seq > ? "
-        f"AND NOT (state = 'failed' AND coalesce(cause, '') IN ({paid})) ORDER BY rows.seq LIMIT ?",
-        (after_seq, *sorted(PAID_CAUSES), limit),
-    ).fetchall()
-    return [Rejected(seq, json.loads(cells, parse_float=Decimal)) for seq, cells in records]
-
-
-def read_saved_paths(connection: sqlite3.Connection) -> Iterator[str]:
-    """Where the images of done rows of the present manifest were saved, by row number and index."""
-    records = connection.execute(
-        "SELECT path FROM rows "
-        "JOIN outputs ON outputs.row = rows.seq AND outputs.generation = rows.generation "
-        "WHERE rows.state = 'done' AND rows.present = 1 AND path IS NOT NULL ORDER BY rows.seq, number"
+    paid = ", ".join(f"'{cause}'" for cause in sorted(PAID_CAUSES))
+    by_state = " UNION ALL ".join(
+        f"SELECT * FROM (SELECT seq FROM rows WHERE state = '{state}' AND {TROUBLED} AND seq > ?1 "
+        f"AND present = 1 AND NOT (state = 'failed' AND coalesce(cause, '') IN ({paid})) "
+        "ORDER BY seq LIMIT ?2)"
+        for state in ("failed", "cancelled", "invalid")
     )
-    return (path for (path,) in records)
+    records = connection.execute(f"{by_state} ORDER BY 1 LIMIT ?2", (after_seq, limit)).fetchall()
+    columns = read_json(connection, "form").get("columns")
+    return [Rejected(seq, read_cells(connection, seq, columns)) for (seq,) in records]
+
+
+def read_cells(connection: sqlite3.Connection, seq: int, columns: Collection[str] | None) -> dict[str, Any]:
+    """A row as the manifest had it, which has these columns (None: its rows name their own cells)."""
+    text = read_value(connection, "SELECT cells FROM sources WHERE row = ?", (seq,))
+    if text is not None:
+        return dict(json.loads(text, parse_float=Decimal))
+    id_, given = connection.execute("SELECT id, given FROM rows WHERE seq = ?", (seq,)).fetchone()
+    return cells_given(id_, json.loads(given), columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A folder of images: those of ROWS_PER_FOLDER rows that follow each other."""
+
+    #: From 0.
+    number: int
+    #: Relative to the run's folder, with `/`.
+    path: str
+    #: What told the folder when all its images were last seen there; None: that is not known.
+    mark: str | None
+    #: Where the images of its done rows of the present manifest were saved, by row number and index.
+    saved: Callable[[], list[str]]
+
+
+def read_places(connection: sqlite3.Connection) -> Iterator[Place]:
+    """The folders in which images of done rows may lie; asks for their paths only when told to."""
+    if not read_value(connection, "SELECT rows FROM counts WHERE state = 'done'"):
+        return
+    try:
+        marks = dict(connection.execute("SELECT place, mark FROM whole").fetchall())
+    except sqlite3.OperationalError:  # whoever only looks finds states of earlier forms, too
+        marks = {}
+    last = read_value(connection, "SELECT max(seq) FROM rows")
+    for number in range((last - 1) // ROWS_PER_FOLDER + 1):
+        yield Place(number, image_folder(number), marks.get(number), partial(_saved_in, connection, number))
+
+
+def _saved_in(connection: sqlite3.Connection, place: int) -> list[str]:
+    records = connection.execute(
+        # most rows of a young run have no outputs: these lead
+        "SELECT path FROM outputs CROSS JOIN rows ON seq = row AND outputs.generation = rows.generation "
+        "WHERE row > ? AND row <= ? AND rows.state = 'done' AND present = 1 AND path IS NOT NULL "
+        "ORDER BY row, number",
+        (place * ROWS_PER_FOLDER, (place + 1) * ROWS_PER_FOLDER),
+    )
+    return [path for (path,) in records]
 
 
 # --- what the run's next step needs -----------------------------------------------------------------
@@ -141,9 +195,7 @@ def has_work(connection: sqlite3.Connection) -> bool:
     return bool(
         read_value(
             connection,
-            "SELECT EXISTS (SELECT 1 FROM rows WHERE state IN "
-            "('planned', 'submitting', 'in_flight', 'in_doubt', 'finished') "
-            "AND (present = 1 OR state <> 'planned'))",
+            f"SELECT EXISTS (SELECT 1 FROM rows WHERE {UNFINISHED} AND (present = 1 OR state <> 'planned'))",
         )
     )
 
@@ -171,8 +223,8 @@ def read_budget(connection: sqlite3.Connection, cap_usd: Decimal) -> Budget:
 def read_unbought(connection: sqlite3.Connection, last_seq: int | None = None) -> list[tuple[int, int, int]]:
     """The planned rows of the manifest, up to row `last_seq`: (tool, rows, images) by tool."""
     return connection.execute(
-        "SELECT tool, count(*), sum(images) FROM rows WHERE state = 'planned' AND present = 1 "
-        "AND seq <= coalesce(?, seq) GROUP BY tool",
+        f"SELECT tool, count(*), sum(images) FROM rows WHERE state = 'planned' AND {UNFINISHED} "
+        "AND present = 1 AND seq <= coalesce(?, seq) GROUP BY tool",
         (last_seq,),
     ).fetchall()
 
@@ -181,8 +233,8 @@ def states_of(connection: sqlite3.Connection, ids: Collection[str]) -> dict[str,
     """The states of the manifest's rows of these ids (or file names); ids that no row has are left out."""
     found = {}
     for id_ in ids:
-        query = "SELECT state FROM rows WHERE (id = ? OR name = ?) AND present = 1 ORDER BY id = ? DESC"
-        state = read_value(connection, query, (id_, id_, id_))
+        query = f"SELECT state FROM rows WHERE {_NAMED} AND present = 1 ORDER BY id = ?1 DESC"
+        state = read_value(connection, query, (id_,))
         if state is not None:
             found[id_] = State(state)
     return found
@@ -230,12 +282,13 @@ def requeue_candidates(
     """Rows of the present manifest in those states, by row number; with `ids` only those named by one."""
     wanted = ", ".join(f"'{state}'" for state in states)
     records = connection.execute(
-        f"SELECT seq, state, cause, message FROM rows WHERE state IN ({wanted}) AND present = 1 ORDER BY seq"
+        f"SELECT seq, state, cause, message FROM rows WHERE {TROUBLED} AND state IN ({wanted}) "
+        "AND present = 1 ORDER BY +seq"
     ).fetchall()
     named = {
         record[0]
         for id_ in ids
-        for record in connection.execute("SELECT seq FROM rows WHERE id = ? OR name = ?", (id_, id_))
+        for record in connection.execute(f"SELECT seq FROM rows WHERE {_NAMED}", (id_,))
     }
     return [
         (seq, State(state), Failure(cause, message or "") if cause else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -50,6 +50,25 @@ def given_from_json(text: str) -> dict[str, Value | LocalImage]:
         name: LocalImage(value["file"], value["sha256"], value["bytes"]) if isinstance(value, dict) else value
         for name, value in json.loads(text).items()
     }
+
+
+def cells_given(id: str | None, given: Mapping[str, Any], columns: Collection[str] | None) -> dict[str, Any]:
+    """A manifest row as it stands when it holds what it gives, letter by letter, under the same names.
+
+    `columns` are those of a table, whose cells are text; None: a JSON manifest. A local image is its path, as
+    an object with `file` or as a LocalImage.
+    """
+    cells: dict[str, Any] = {} if id is None else {"id": id}
+    for name, value in given.items():
+        if isinstance(value, LocalImage):
+            value = value.path
+        elif isinstance(value, dict):
+            value = value["file"]
+        if columns is None:
+            cells[name] = value
+        elif name in columns:  # others are from --set
+            cells[name] = value if isinstance(value, str) else dumps(value)
+    return cells
 
 
 def read_row(record: tuple[Any, ...], attempt: Attempt | None, outputs: Iterable[Output]) -> Row:

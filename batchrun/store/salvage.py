@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,7 +168,8 @@ class Wreck:
                 continue
             if records:
                 lost_in_a_row = 0
-            yield from (record for record in records if isinstance(record[key], int))
+            # the torn end of a page reads as records without a number
+            yield from (r for r in records if isinstance(r[key], int) and first <= r[key] <= end)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -209,7 +210,11 @@ def _tried(copy: Path) -> sqlite3.Connection | None:
 
 
 def _give_beginning(copy: Path) -> None:
-    """Put the pages that describe a new state's tables over those of the copy."""
+    """Give the copy the first page of a new state, and far behind its end the pages that describe the tables.
+
+    Not in the place that they have in the new state: in the copy, rows may lie there, or may have lain where
+    it was cut off. A page that was cut in two is left out, since its rows would read as others.
+    """
     fresh = copy.with_name("fresh.sqlite3")
     with closing(connect(fresh)) as connection:
         migrate(connection)
@@ -217,17 +222,33 @@ def _give_beginning(copy: Path) -> None:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         page_bytes = int(connection.execute("PRAGMA page_size").fetchone()[0])
     pages = fresh.read_bytes()
-    size = copy.stat().st_size
+    left = copy.stat().st_size // page_bytes
+    with copy.open("rb") as file:
+        head = file.read(100)
+    told = int.from_bytes(head[28:32]) if head.startswith(b"SQLite format 3\0") else 0
+    last = max(2 * left, min(told, 100 * left))
+    described = [number for number in range(2, len(pages) // page_bytes + 1) if number not in roots]
+    moved = {number: last + at for at, number in enumerate(described, start=1)}
+    first = bytearray(pages[:page_bytes])
+    first[28:32] = (last + len(moved)).to_bytes(4)  # how many pages there are
+    first[32:40] = bytes(8)  # none is free
+    for place in _children(first):
+        number = int.from_bytes(first[place : place + 4])
+        first[place : place + 4] = moved[number].to_bytes(4)
     with copy.open("r+b") as file:
-        for number in _numbers(len(pages) // page_bytes, but=roots):
-            page = bytearray(pages[(number - 1) * page_bytes : number * page_bytes])
-            if number == 1:
-                page[28:32] = (-(-size // page_bytes)).to_bytes(4)  # how many pages there are
-                page[32:40] = bytes(8)  # none is free
-            file.seek((number - 1) * page_bytes)
-            file.write(page)
+        file.truncate(left * page_bytes)
+        file.write(first)
+        for number, place in moved.items():
+            file.seek((place - 1) * page_bytes)
+            file.write(pages[(number - 1) * page_bytes : number * page_bytes])
 
 
-def _numbers(count: int, *, but: Iterable[int]) -> Iterator[int]:
-    taken = set(but)
-    return (number for number in range(1, count + 1) if number not in taken)
+def _children(first: bytearray) -> Iterator[int]:
+    """Where a database's first page names pages below it (format: sqlite.org/fileformat2.html, 1.6)."""
+    begin = 100  # of the page's own header, behind the file's
+    if first[begin] != 5:  # no inner page: there are none below
+        return
+    yield begin + 8
+    for cell in range(int.from_bytes(first[begin + 3 : begin + 5])):
+        at = begin + 12 + 2 * cell
+        yield int.from_bytes(first[at : at + 2])

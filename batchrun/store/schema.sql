@@ -34,7 +34,7 @@ CREATE TABLE tools (
 
 CREATE TABLE rows (
     seq INTEGER PRIMARY KEY,              -- first-seen order, never changes
-    key TEXT NOT NULL UNIQUE,             -- identity: 'id:...' or content hash and number
+    key TEXT NOT NULL,                    -- identity: 'id:...' or content hash and number
     content BLOB NOT NULL,                -- hash of what is asked for
     own BLOB NOT NULL,                    -- the same without --set
     id TEXT,
@@ -55,6 +55,7 @@ CREATE TABLE rows (
     message TEXT
 ) STRICT;
 
+CREATE UNIQUE INDEX rows_key ON rows (key);  -- before form 5 a constraint of the table
 CREATE UNIQUE INDEX rows_name ON rows (name COLLATE NOCASE);
 CREATE INDEX rows_unfinished ON rows (state, seq)
     WHERE state IN ('planned', 'submitting', 'in_flight', 'in_doubt', 'finished');
@@ -62,7 +63,8 @@ CREATE INDEX rows_troubled ON rows (state, seq) WHERE state IN ('failed', 'cance
 CREATE INDEX rows_leased ON rows (lease) WHERE lease IS NOT NULL;
 CREATE INDEX rows_settled ON rows (settled) WHERE settled IS NOT NULL;
 
--- Rows as the manifest had them (with the values of their expansion), to give failed ones back.
+-- Rows as the manifest had them (with the values of their expansion), to give failed ones back; only those
+-- that cannot be told from what they give (records.cells_given).
 CREATE TABLE sources (
     row INTEGER PRIMARY KEY REFERENCES rows(seq),
     cells TEXT NOT NULL                   -- JSON object

@@ -149,11 +149,10 @@ class Store:
     async def _of_run(self, column: str) -> Any:
         return await self._read(lambda connection: read_value(connection, f"SELECT {column} FROM run"))
 
-    async def remember_job(self, *, manifest: str, job: str) -> None:
-        """The newest settings, and where the manifest lies now."""
-        await self._write(
-            lambda connection: connection.execute("UPDATE run SET manifest = ?, job = ?", (manifest, job))
-        )
+    async def remember_job(self, *, manifest: str, job: str, stamp: str) -> None:
+        """The newest settings, where the manifest lies now, and what tells it there."""
+        query = "UPDATE run SET manifest = ?, job = ?, stamp = ?"
+        await self._write(lambda connection: connection.execute(query, (manifest, job, stamp)))
 
     async def forget_stamp(self) -> None:
         """Let the next start read the manifest again, though it has not changed."""
@@ -212,10 +211,11 @@ class Store:
 
         def verb(connection: sqlite3.Connection) -> list[Row]:
             changes.check_alive(connection, self.lease)
-            # the state stands in the text so that the partial index serves
+            # the state, and the index's own condition, stand in the text: or all rows done are passed over
             claimed = connection.execute(
-                f"UPDATE rows SET lease = ? WHERE seq IN (SELECT seq FROM rows WHERE state = '{state}' "
-                f"AND lease IS NULL {present} {bound} ORDER BY seq LIMIT ?) RETURNING seq",
+                "UPDATE rows SET lease = ? WHERE seq IN (SELECT seq FROM rows "
+                f"WHERE state = '{state}' AND {reading.UNFINISHED} AND lease IS NULL {present} {bound} "
+                "ORDER BY seq LIMIT ?) RETURNING seq",
                 (self.lease, limit),
             ).fetchall()
             seqs = sorted(seq for (seq,) in claimed)
@@ -259,7 +259,10 @@ class Store:
 
     async def planned_beyond(self, last_seq: int) -> int:
         """How many planned rows come after that one."""
-        query = "SELECT count(*) FROM rows WHERE state = 'planned' AND present = 1 AND seq > ?"
+        query = (
+            "SELECT count(*) FROM rows WHERE state = 'planned' "
+            f"AND {reading.UNFINISHED} AND present = 1 AND seq > ?"
+        )
         return int(await self._read(lambda connection: read_value(connection, query, (last_seq,))))
 
     # --- submitting -------------------------------------------------------------------------------
@@ -617,9 +620,16 @@ class Store:
         """Rows of the present manifest by state, and what they brought."""
         return await self._read(read_counts)
 
-    async def of_saved(self, question: Callable[[Iterator[str]], T]) -> T:
-        """What `question` makes of the paths of all images of done rows, one after the other."""
-        return await self._read(lambda connection: question(reading.read_saved_paths(connection)))
+    async def of_saved(self, question: Callable[[Iterator[reading.Place]], tuple[T, Mapping[int, str]]]) -> T:
+        """What `question` makes of the folders with images of done rows; it also tells marks to be kept."""
+        told, marks = await self._read(lambda connection: question(reading.read_places(connection)))
+        if marks:
+            await self._write(
+                lambda connection: connection.executemany(
+                    "INSERT OR REPLACE INTO whole (place, mark) VALUES (?, ?)", list(marks.items())
+                )
+            )
+        return told
 
     async def failures(self, *, limit: int = 20) -> list[tuple[State, Failure, int, int]]:
         """Groups of rows that did not make it: state, a sample failure, how many, the first line."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from batchrun.errors import ManifestError
 from batchrun.model import Cell, LocalImage, Option, Problem, Request, Severity, Tool, Value
@@ -29,7 +30,7 @@ from batchrun.tools.values import (
     takes_many,
 )
 
-__all__ = ["Binder", "LoraScale", "ReadImage", "closest"]
+__all__ = ["Binder", "LoraScale", "ReadImage", "Refused", "closest"]
 
 #: From a path as the manifest has it to the image; raises ManifestError when it is none. Relative paths, the
 #: folder they must lie in and the hash are its business.
@@ -125,6 +126,37 @@ class Binder:
     def expandable(self, name: str, value: Cell) -> bool:
         """Whether the value is a list under a single-valued name: alternatives, each a request of its own."""
         return isinstance(value, list) and name in self._known and name not in self._many
+
+    def reader(self, name: str, read_image: ReadImage) -> Callable[[Cell], Value | LocalImage]:
+        """What makes a cell its value in sending form; raises Refused, or ManifestError for an image."""
+        return self._readers.get(name) or partial(self._image, name, read_image=read_image)
+
+    @property
+    def required(self) -> frozenset[str]:
+        """What every row must give."""
+        return frozenset(self._required)
+
+    @property
+    def counts_images(self) -> str | None:
+        """The parameter that tells how many images are made; None: always one."""
+        return STORY if STORY in self._readers else _SAMPLES if _SAMPLES in self._known else None
+
+    def always_alone(self, name: str) -> bool:
+        """Whether `stands_alone` holds for whatever the parameter may be given."""
+        required = self._required.keys() - self.texts  # a text that is there is not blank
+        return name not in self._owners.keys() | required | self._triggers.keys() | {self._init_image}
+
+    def stands_alone(self, name: str, value: Value | LocalImage) -> bool:
+        """Whether nothing else in the row decides if this value is right, or worth a warning."""
+        if name in self._owners or name == self._init_image or (name in self._required and not value):
+            return False
+        triggers = self._triggers.get(name)
+        chosen = value if isinstance(value, list) else [value]
+        return triggers is None or not any(isinstance(each, str) and each in triggers for each in chosen)
+
+    def images_of(self, given: Mapping[str, Value | LocalImage]) -> int:
+        """How many images the tool will make for values that are right."""
+        return self._count_images(given, [])
 
     def bind(self, cells: Mapping[str, Cell], *, blank_is_default: bool, read_image: ReadImage) -> Request:
         """The request a row asks for; its `problems` are warnings. Raises ManifestError with every error.

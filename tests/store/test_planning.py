@@ -768,7 +768,7 @@ async def test_a_merge_that_fails_changes_nothing_and_can_be_repeated(tmp_path: 
         planning = Planning(connection)
         planning.tool("{}")
         for line in range(2, 9):
-            planning.stage(staged(line, f"new {line}", id="same"))
+            planning.stage([staged(line, f"new {line}", id="same")])
         planning.merge(manifest="/x", job="{}", at=1.0, stamp="", form="{}", rerun_changed=False)
 
     with pytest.raises(Exception, match="UNIQUE"):

@@ -14,7 +14,7 @@ from batchrun.errors import StoreDamaged
 from batchrun.model import State
 from batchrun.rules.rebuild import Rebuilt
 from batchrun.store.connection import connect
-from batchrun.store.damage import check_sound
+from batchrun.store.damage import check_further, check_sound
 from batchrun.store.folder import Folder
 from batchrun.store.rebuilding import FoundRow, FoundRun, Image, Try, write_state
 from batchrun.store.salvage import IS_SURE, Wreck
@@ -108,6 +108,13 @@ def replaced(folder: Folder) -> None:
 
 
 DAMAGES = [zero, gone, short, beginning, middle, replaced]
+
+
+def test_damage_deep_in_a_large_state_is_noticed_while_the_run_goes_on(folder: Folder) -> None:
+    check_further(folder)
+    middle(folder)
+    with pytest.raises(StoreDamaged, match="batchrun repair"):
+        check_further(folder)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -495,7 +495,7 @@ async def test_a_new_state_answers_every_question(path: Path) -> None:
 async def test_facts_of_the_run_are_kept(path: Path) -> None:
     store = await planned(path, 1)
     await store.adopt_limit(5)
-    await store.remember_job(manifest="/moved.csv", job='{"attempts": 2}')
+    await store.remember_job(manifest="/moved.csv", job='{"attempts": 2}', stamp="other")
     await store.record_upload("ab", "https://cdn/ab", at=1.0)
     await store.record_upload("ab", "https://cdn/newer", at=2.0)
     store.close()

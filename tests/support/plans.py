@@ -14,6 +14,7 @@ from batchrun.model import Problem, Row, State
 from batchrun.plan.plan import plan
 from batchrun.plan.reading import Reading
 from batchrun.store.planning import Merged, Planning
+from batchrun.store.reading import read_cells, read_json
 from batchrun.store.store import Store
 from batchrun.tools.catalog import Catalog, load
 from tests.support.rows import begin, to_done
@@ -98,9 +99,13 @@ class Plans:
 
     def sources(self) -> list[Mapping[str, Any]]:
         """The manifest's rows as it had them."""
-        query = "SELECT cells FROM sources JOIN rows ON row = seq WHERE present = 1 ORDER BY line, seq"
-        texts = self.do(self.store.planning(lambda connection: connection.execute(query).fetchall()))
-        return [json.loads(text) for (text,) in texts]
+        query = "SELECT seq FROM rows WHERE present = 1 ORDER BY line, seq"
+
+        def work(connection: Any) -> list[Mapping[str, Any]]:
+            columns = read_json(connection, "form").get("columns")
+            return [read_cells(connection, seq, columns) for (seq,) in connection.execute(query).fetchall()]
+
+        return self.do(self.store.planning(work))
 
     def stamp(self) -> str | None:
         """What tells an unchanged manifest at the next start; "" when it is to be read again."""

@@ -1,0 +1,121 @@
+"""Rows bound by the column are, to the byte, what reading them one by one makes of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from batchrun.manifest.job import Job, job_for
+from batchrun.manifest.read import Manifest, open_manifest
+from batchrun.model import Problem, SourceRow
+from batchrun.plan.reading import Reading
+from batchrun.store.migrations import migrate
+from batchrun.store.planning import Planning, form_json
+from batchrun.tools.catalog import load
+
+COLUMNS = {
+    "id": st.one_of(st.uuids().map(str), st.sampled_from(["", " padded ", "A", "a", "con", "ä/ö", "7"])),
+    "prompt": st.one_of(
+        st.sampled_from(
+            ["", "  ", "a cat", "img of a cat", 'a "cat"', "a\\b\nc", "\x7f", "é", "😀", "tab\t"]
+        ),
+        st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=8),
+    ),
+    "steps": st.sampled_from(["", "20", "20.0", "+20", " 20", "007", "x", "60"]),
+    "scale": st.sampled_from(["", "7.5", "7,5", ".5", " 6 "]),
+    "samples": st.sampled_from(["", "1", "4", "0", "-1", "999999999", "2.0"]),
+    "seed": st.sampled_from(["", "7", "random", "RANDOM", "0042", "seven"]),
+    "scheduler": st.sampled_from(["", "DDIMScheduler", "DDIM", "ddimscheduler", "none such"]),
+    "refiner": st.sampled_from(["", "NO", "--only_base_model", "yes"]),
+    "selectedLoraModel": st.sampled_from(["", "61", "61|82", '["61"]', "none such"]),
+    "inputImageUrl": st.sampled_from(["", "https://x.test/a.png", "no.png", "http:/x"]),
+    "stranger": st.sampled_from(["", "what"]),
+}
+SETS: list[dict[str, Any]] = [
+    {}, {"samples": 1}, {"steps": 30, "samples": "2"}, {"prompt": "é"}, {"steps": "x"}, {"seed": [1, 2]},
+    {"negativePrompt": " "}, {"inputImageUrl": "https://x.test/b.png"},
+]  # fmt: skip
+TOOLS = ["Retro-Cartoons", "instant-id", "text-to-image-sd-lora", "story-diffusion-advanced"]
+
+
+class OneByOne:
+    """A manifest that gives every row by itself."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self.blank_is_default = manifest.blank_is_default
+
+    @property
+    def columns(self) -> list[str] | None:
+        return self._manifest.columns
+
+    @property
+    def complete(self) -> bool:
+        return self._manifest.complete
+
+    def blocks(self) -> Iterator[SourceRow | Problem]:
+        return self._manifest.rows()
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> str:
+    names = draw(st.lists(st.sampled_from(list(COLUMNS)), min_size=2, max_size=6, unique=True))
+    rows = draw(st.lists(st.tuples(*(COLUMNS[name] for name in names)), min_size=1, max_size=6))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    writer.writerows([names, *rows])
+    return out.getvalue()
+
+
+def read(job: Job, path: Path, *, one_by_one: bool) -> tuple[Any, ...]:
+    """Everything that comes of a reading."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    migrate(connection)
+    planning = Planning(connection)
+    with open_manifest(path, name="list.csv") as manifest:
+        reading = Reading(job, load(), planning, name="list.csv", checkpoint=lambda: None)
+        reading.read(OneByOne(manifest) if one_by_one else manifest)
+        found = reading.findings
+        told = found.errors, found.warnings, found.hints, found.error_count, found.valid_rows, found.blocking
+        rows: list[Any] = []
+        if found.allows(skip_invalid=True):
+            form = form_json(format="csv", delimiter=",", columns=manifest.columns)
+            merged = planning.merge(manifest="m", job="{}", at=1.0, stamp="", form=form, rerun_changed=False)
+            rows = [merged, connection.execute("SELECT * FROM rows ORDER BY seq").fetchall()]
+            rows += connection.execute("SELECT * FROM sources ORDER BY row").fetchall()
+            rows += connection.execute("SELECT * FROM counts").fetchall()
+    planning.abandon()
+    connection.close()
+    return told, rows, reading.requests, reading.images, reading.rows_by_tool, reading.valid_by_tool
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    text=tables(),
+    tool=st.sampled_from(TOOLS),
+    set_values=st.sampled_from(SETS),
+    names=st.sampled_from([{}, {"prompt": "refiner"}, {"negativePrompt": "prompt"}]),
+    extra=st.sampled_from(["error", "keep", "drop"]),
+)
+@example(
+    text='id,prompt\n"a","é \x7f"\n"b","é"\n',
+    tool=TOOLS[0],
+    set_values={"samples": 1},
+    names={},
+    extra="error",
+)
+@example(text='prompt,steps\n"x","20"\n"x","20"\n', tool=TOOLS[0], set_values={}, names={}, extra="error")
+def test_rows_bound_together_are_what_each_is_by_itself(text, tool, set_values, names, extra):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "list.csv"
+        path.write_text(text, encoding="utf-8", newline="")
+        job = job_for(path, tool=tool, set=set_values, map=names, extra=extra)
+        assert read(job, path, one_by_one=False) == read(job, path, one_by_one=True)
