@@ -123,6 +123,7 @@ class Partial:
         self._written_bytes = 0
         self._verifier = Verifier()
         self._sha256 = hashlib.sha256()
+        #: To be compared with the ETag where that is one; not needed where the format has checksums itself.
         self._md5: hashlib._Hash | None = None
         #: The content types it was declared with: by the service, and by the server.
         self._declared_types: tuple[str, ...] = ()
@@ -167,6 +168,8 @@ class Partial:
         for chunk in self._held[self._read_pieces :]:
             self._verifier.feed(chunk)
             self._sha256.update(chunk)
+            if self._md5 and self._verifier.checks_every_byte:
+                self._md5 = None
             if self._md5:
                 self._md5.update(chunk)
             self._read_pieces += 1
@@ -269,7 +272,12 @@ async def receive(fetch: Fetch, output: Output, partial: Partial, *, max_bytes: 
 
 
 async def publish(
-    partial: Partial, output: Output, place: Callable[[ImageFacts], Path], *, accept_sha256: str | None = None
+    partial: Partial,
+    output: Output,
+    place: Callable[[ImageFacts], Path],
+    *,
+    accept_sha256: str | None = None,
+    limiter: anyio.CapacityLimiter | None = None,
 ) -> Saved:
     """Verifies what was received and puts it where `place` says, durably, in one thread job; safe to repeat.
 
@@ -282,7 +290,9 @@ async def publish(
     there already (nothing is ever replaced), DiskError.
     """
     try:
-        return await anyio.to_thread.run_sync(_publish, partial, output.declared_bytes, place, accept_sha256)
+        return await anyio.to_thread.run_sync(
+            _publish, partial, output.declared_bytes, place, accept_sha256, limiter=limiter
+        )
     except BatchrunError:
         partial.forget()
         raise
