@@ -119,26 +119,20 @@ async def _save_all(folder: Path, image: str, count: int) -> None:
     asked = credentials(os.environ)
     root = asked.base_url.removesuffix("/v1")
     numbers = iter(range(count))
-    publishing = anyio.CapacityLimiter(PUBLISHERS)
+    downloading, publishing = anyio.CapacityLimiter(AT_ONCE), anyio.CapacityLimiter(PUBLISHERS)
 
-    async def save(partial: Partial, output: Output, final: Path) -> None:
-        await publish(partial, output, lambda facts: final, limiter=publishing)
+    async def worker() -> None:
+        for number in numbers:
+            output = Output(0, f"{root}/cdn/{image}/{number}/0.png", "0.png", "image/png", IMAGES[image])
+            partial = Partial(folder / "partial" / f"{number}.part")
+            final = folder / "images" / f"{number}.png"
+            async with downloading:
+                await receive(client.fetch, output, partial, max_bytes=2**30)
+            await publish(partial, output, lambda facts, final=final: final, limiter=publishing)
 
     begun = time.perf_counter()
-    async with (
-        Client(asked) as client,
-        anyio.create_task_group() as published,
-        anyio.create_task_group() as workers,
-    ):
-
-        async def worker() -> None:
-            for number in numbers:
-                output = Output(0, f"{root}/cdn/{image}/{number}/0.png", "0.png", "image/png", IMAGES[image])
-                partial = Partial(folder / "partial" / f"{number}.part")
-                await receive(client.fetch, output, partial, max_bytes=2**30)
-                published.start_soon(save, partial, output, folder / "images" / f"{number}.png")
-
-        for _ in range(AT_ONCE):
+    async with Client(asked) as client, anyio.create_task_group() as workers:
+        for _ in range(AT_ONCE + PUBLISHERS):
             workers.start_soon(worker)
     print(time.perf_counter() - begun)
 

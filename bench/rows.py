@@ -19,7 +19,7 @@ from bench.process import Cost, Wiro, batchrun, run
 from bench.service import IMAGES, service
 
 ROWS = 3000
-ROUNDS = 4
+ROUNDS = 3
 IN_FLIGHT = 64
 #: Tasks of batchrun at once in the rounds beside the bare loop: see above.
 AHEAD = 256

@@ -30,8 +30,8 @@ from batchrun.store.store import Store
 
 #: Downloads begin only while this much of the disk is free beside what they declare.
 SPARE_BYTES = 16 * 1024 * 1024
-#: Images verified and synced at once: syncs overlap, and one takes as long as a few dozen together.
-PUBLISHERS = 32
+#: Images verified and synced at once, beside those that are being fetched: syncs overlap.
+PUBLISHERS = 16
 #: How often the disk is asked how much is free; what was begun since then is taken off.
 ROOM_S = 1.0
 #: Folders of images whose content at the start of the process is remembered.
@@ -88,6 +88,8 @@ class Saver:
         self._max_image_bytes = max_image_bytes
         self._limiter = anyio.CapacityLimiter(downloads)
         self._publishing = anyio.CapacityLimiter(PUBLISHERS)
+        #: Images that may be in memory, each up to GATHER_BYTES.
+        self._in_hand = anyio.CapacityLimiter(downloads + PUBLISHERS)
         self._room_asked_at = float("-inf")
         self._room_bytes = 0
         #: Names in folders of images as they were before this process saved anything there.
@@ -207,11 +209,14 @@ class Saver:
 
         while True:
             try:
-                async with self._limiter:
-                    self._check_disk(output)
-                    await receive(self._source.fetch, output, partial, max_bytes=self._max_image_bytes)
-                self._progress.announce(Fact.DOWNLOADED, row, index=output.index)
-                return await publish(partial, output, place, limiter=self._publishing, accept_sha256=accept)
+                async with self._in_hand:
+                    async with self._limiter:
+                        self._check_disk(output)
+                        await receive(self._source.fetch, output, partial, max_bytes=self._max_image_bytes)
+                    self._progress.announce(Fact.DOWNLOADED, row, index=output.index)
+                    return await publish(
+                        partial, output, place, limiter=self._publishing, accept_sha256=accept
+                    )
             except errors.DiskError:
                 with suppress(errors.DiskError):
                     partial.discard()  # on a full disk its room is needed
