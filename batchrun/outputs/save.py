@@ -43,7 +43,7 @@ from batchrun.outputs.verify import EXTENSIONS, ImageFacts, Verifier
 
 #: Larger files are written to disk while they come, in pieces of this size: a download holds little more than
 #: that, and the thread hops of a write cost nothing beside it.
-GATHER_BYTES = 2**20
+GATHER_BYTES = 2**19
 _READ_BYTES = 2**18
 
 
