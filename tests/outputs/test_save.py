@@ -6,7 +6,10 @@ import errno
 import hashlib
 import os
 import shutil
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +20,8 @@ import pytest
 
 from batchrun.errors import DiskError, OutputCorrupt, OutputError, OutputGone, ReplyLost
 from batchrun.model import Output
-from batchrun.outputs.disk import disk_errors, free_bytes
+from batchrun.outputs import disk
+from batchrun.outputs.disk import disk_errors, free_bytes, sync_folder_together
 from batchrun.outputs.save import GATHER_BYTES, Fetch, Partial, Saved, adopt, publish, receive, sweep
 from tests.support.images import draw
 
@@ -428,6 +432,36 @@ def test_the_partial_folder_is_swept_and_what_is_not_there_is_no_error(tmp_path,
     partial.path.write_bytes(b"left over")
     sweep(partial.path.parent)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_synced_once_for_all_who_wait_and_after_each_ones_entry_was_there(tmp_path, monkeypatch):
+    begun, may_end = threading.Event(), threading.Event()
+    seen: list[set[str]] = []
+    real = os.fsync
+
+    def slow_fsync(handle: int) -> None:
+        seen.append({path.name for path in tmp_path.iterdir()})
+        begun.set()
+        may_end.wait(10)
+        real(handle)
+
+    def add(name: str) -> None:
+        (tmp_path / name).touch()
+        sync_folder_together(tmp_path)
+        assert any(name in names for names in seen)
+
+    monkeypatch.setattr(os, "fsync", slow_fsync)
+    with ThreadPoolExecutor(8) as threads:
+        first = threads.submit(add, "first")
+        assert begun.wait(10)
+        others = [threads.submit(add, f"other-{number}") for number in range(7)]
+        while disk._shared[tmp_path].asked < 8:
+            time.sleep(0.001)
+        may_end.set()
+        for added in (first, *others):
+            added.result(10)
+    assert "other-0" not in seen[0]
+    assert len(seen) == 2
 
 
 def test_free_space_is_known_before_the_folder_exists(tmp_path):
