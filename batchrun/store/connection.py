@@ -86,6 +86,8 @@ class _Pending(Generic[T]):
     settled: bool = False
     result: T | None = None
     error: Exception | None = None
+    #: It is to commit for all who wait.
+    leads: bool = False
     #: Its task sleeps on this while another one commits: until it is settled, or is to commit itself.
     woken: anyio.Event | None = None
 
@@ -121,29 +123,38 @@ class Transactions:
         self._waiting.append(item)
         try:
             if self._is_led:
-                item.woken = anyio.Event()
-                self._asleep.append(item)
-                await item.woken.wait()
-            if not item.settled:
+                await self._sleep(item)
+            if item.leads or not item.settled:
                 await self._lead(item)
         except BaseException:
             with suppress(ValueError):  # a thread has taken it up already
                 self._waiting.remove(item)
-            if item in self._asleep:
-                self._asleep.remove(item)
-            elif not item.settled:  # it was to lead
-                self._wake()
             raise
         return item.outcome()
+
+    async def _sleep(self, item: _Pending[Any]) -> None:
+        """Wait until `item` is settled, or is to lead."""
+        item.woken = anyio.Event()
+        self._asleep.append(item)
+        try:
+            await item.woken.wait()
+        except BaseException:
+            if item.leads:
+                self._wake()
+            elif item in self._asleep:
+                self._asleep.remove(item)
+            raise
 
     async def _lead(self, item: _Pending[Any]) -> None:
         """Commit for all who wait, until `item` is settled."""
         self._is_led = True
-        while not item.settled:
-            async with self._turn:
-                with anyio.CancelScope(shield=True):  # others' verbs are in it
-                    await anyio.to_thread.run_sync(self._commit_waiting, limiter=self._thread)
-        self._wake()
+        try:
+            while not item.settled:
+                async with self._turn:
+                    with anyio.CancelScope(shield=True):  # others' verbs are in it
+                        await anyio.to_thread.run_sync(self._commit_waiting, limiter=self._thread)
+        finally:
+            self._wake()
 
     def _wake(self) -> None:
         """Wake those who are settled, and one of the others to lead on."""
@@ -153,7 +164,8 @@ class Transactions:
             if self._is_led and not item.settled:
                 self._asleep.append(item)
                 continue
-            self._is_led = self._is_led or not item.settled
+            if not item.settled:
+                self._is_led = item.leads = True
             if item.woken is not None:
                 item.woken.set()
 
