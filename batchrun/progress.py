@@ -37,7 +37,7 @@ class Fact(StrEnum):
     ENDED = "ended"
     FINISHED = "finished"
     ATTEMPT_FAILED = "attempt failed"
-    #: An image is whole in its partial file; published next.
+    #: All bytes of an image have come; verified and published next.
     DOWNLOADED = "downloaded"
     #: An image has its final name; recorded next.
     PUBLISHED = "published"

@@ -7,6 +7,7 @@ repeat, so a crash between two of them costs nothing but the step.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,7 +21,8 @@ import anyio.to_thread
 from batchrun import errors
 from batchrun.model import Failure, Output, Row, Task
 from batchrun.outputs.disk import disk_errors, free_bytes, make_durable, sync_folder
-from batchrun.outputs.save import Fetch, Partial, Saved, adopt, download, publish, sweep
+from batchrun.outputs.save import Fetch, Partial, Saved, adopt, publish, receive, sweep
+from batchrun.outputs.verify import EXTENSIONS, ImageFacts
 from batchrun.progress import Fact, Progress
 from batchrun.rules.naming import image_base, image_path, partial_path
 from batchrun.rules.policy import Fail, Troubles, after_download, are_gone
@@ -28,6 +30,12 @@ from batchrun.store.store import Store
 
 #: Downloads begin only while this much of the disk is free beside what they declare.
 SPARE_BYTES = 16 * 1024 * 1024
+#: Images verified and synced at once, beside those that are being fetched: syncs overlap.
+PUBLISHERS = 16
+#: How often the disk is asked how much is free; what was begun since then is taken off.
+ROOM_S = 1.0
+#: Folders of images whose content at the start of the process is remembered.
+KNOWN_FOLDERS = 64
 
 
 class Source(Protocol):
@@ -41,6 +49,14 @@ class Source(Protocol):
     async def detail(self, task_id: str, token: str = "") -> Task | None:
         """The task, with fresh addresses of its outputs."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image under its final name."""
+
+    output: Output
+    warning: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +87,13 @@ class Saver:
         self._progress = progress
         self._max_image_bytes = max_image_bytes
         self._limiter = anyio.CapacityLimiter(downloads)
+        self._publishing = anyio.CapacityLimiter(PUBLISHERS)
+        #: Images that may be in memory, each up to GATHER_BYTES.
+        self._in_hand = anyio.CapacityLimiter(downloads + PUBLISHERS)
+        self._room_asked_at = float("-inf")
+        self._room_bytes = 0
+        #: Names in folders of images as they were before this process saved anything there.
+        self._names_before: dict[Path, frozenset[str]] = {}
         self._rng = rng or Random()
 
     async def begin(self) -> None:
@@ -83,27 +106,52 @@ class Saver:
         Raises DiskError when the disk cannot take them.
         """
         older = await self._store.older_outputs(row.seq) if row.generation else []
+        missing = [output for output in row.outputs if not self._is_there(row, output)]
         lost: list[Unsaved] = []
+        last: list[Image] = []
 
         async def one(output: Output) -> None:
-            unsaved = await self._save_output(row, output, held=bool(older))
-            if unsaved is not None:
-                lost.append(unsaved)
+            image = await self._save_output(row, output, held=bool(older))
+            if isinstance(image, Unsaved):
+                lost.append(image)
+                return
+            missing.remove(output)
+            if missing or older:
+                await self._store.record_output(
+                    row.seq, image.output, held=bool(older), warning=image.warning
+                )
+                self._tell_saved(row, image)
+            else:
+                last.append(image)  # recorded together with the row's end
 
-        missing = [output for output in row.outputs if not self._is_there(row, output)]
         try:
-            async with anyio.create_task_group() as group:
-                for output in missing:
-                    group.start_soon(one, output)
+            if len(missing) == 1:
+                await one(missing[0])
+            else:
+                async with anyio.create_task_group() as group:
+                    for output in tuple(missing):
+                        group.start_soon(one, output)
         except* errors.BatchrunError as faults:
             raise _first(faults) from None
         if lost:
             return lost[0]
         superseded = await self._supersede(row, older) if older else {}
-        done = await self._store.record_saved(row.seq, superseded=superseded)
+        if last:
+            done = await self._store.record_saved(
+                row.seq, last=last[0].output, warning=last[0].warning, superseded=superseded
+            )
+            self._tell_saved(row, last[0])
+        else:
+            done = await self._store.record_saved(row.seq, superseded=superseded)
         if len(done.outputs) < done.images:
             self._warn(row, f"{len(done.outputs)} images came where {done.images} were asked for")
         return done
+
+    def _tell_saved(self, row: Row, image: Image) -> None:
+        output = image.output
+        self._progress.announce(
+            Fact.SAVED, row, index=output.index, path=output.path, bytes=output.size_bytes
+        )
 
     def _is_there(self, row: Row, output: Output) -> bool:
         """Whether the image is saved; one that was deleted since is fetched again while its address lives."""
@@ -113,16 +161,18 @@ class Saver:
         final = image_path(row.seq, row.name, output.index, output.path.rpartition(".")[2])
         return any((self._folder / path).is_file() for path in (output.path, final))
 
-    async def _save_output(self, row: Row, output: Output, *, held: bool) -> Unsaved | None:
-        """Fetch until the image is whole under its final name, then record it."""
+    async def _save_output(self, row: Row, output: Output, *, held: bool) -> Image | Unsaved:
+        """Fetch until the image is whole under its final name, to be recorded next."""
         base = self._folder / image_base(row.seq, row.name, output.index)
-        saved = None if held else await adopt(base, output.declared_bytes)
+        saved = None
+        if not held and await self._was_there(base):
+            saved = await adopt(base, output.declared_bytes)
         if saved is None:
             result = await self._fetch(row, output, held=held)
             if isinstance(result, Unsaved):
                 return result
             saved = result
-        final = _final_path(row, output, saved, held=held)
+        final = _final_path(row, output, saved.facts, held=held)
         self._progress.announce(Fact.PUBLISHED, row, index=output.index, path=final)
         for warning in saved.warnings:
             self._warn(row, warning)
@@ -135,9 +185,17 @@ class Saver:
             width_px=saved.facts.width_px,
             height_px=saved.facts.height_px,
         )
-        await self._store.record_output(row.seq, record, held=held, warning="; ".join(saved.warnings))
-        self._progress.announce(Fact.SAVED, row, index=output.index, path=final, bytes=saved.size_bytes)
-        return None
+        return Image(record, "; ".join(saved.warnings))
+
+    async def _was_there(self, base: Path) -> bool:
+        """Whether a file of that name was there already: an earlier process may have been killed after it."""
+        names = self._names_before.get(base.parent)
+        if names is None:
+            names = await anyio.to_thread.run_sync(_names_in, base.parent)
+            names = self._names_before.setdefault(base.parent, names)
+            if len(self._names_before) > KNOWN_FOLDERS:
+                del self._names_before[next(iter(self._names_before))]
+        return any(f"{base.name}.{extension}" in names for extension in EXTENSIONS)
 
     async def _fetch(self, row: Row, output: Output, *, held: bool) -> Saved | Unsaved:
         """The image under its final name; Unsaved when it cannot be had, or cannot be put there."""
@@ -145,20 +203,20 @@ class Saver:
         met = Troubles()
         missing_since, looks = 0.0, 0
         accept: str | None = None
+
+        def place(facts: ImageFacts) -> Path:
+            return self._folder / _final_path(row, output, facts, held=held)
+
         while True:
             try:
-                async with self._limiter:
-                    await self._check_disk(output)
-                    saved = await download(
-                        self._source.fetch,
-                        output,
-                        partial,
-                        max_bytes=self._max_image_bytes,
-                        accept_sha256=accept,
+                async with self._in_hand:
+                    async with self._limiter:
+                        self._check_disk(output)
+                        await receive(self._source.fetch, output, partial, max_bytes=self._max_image_bytes)
+                    self._progress.announce(Fact.DOWNLOADED, row, index=output.index)
+                    return await publish(
+                        partial, output, place, limiter=self._publishing, accept_sha256=accept
                     )
-                self._progress.announce(Fact.DOWNLOADED, row, index=output.index)
-                await publish(saved, self._folder / _final_path(row, output, saved, held=held))
-                return saved
             except errors.DiskError:
                 with suppress(errors.DiskError):
                     partial.discard()  # on a full disk its room is needed
@@ -181,13 +239,17 @@ class Saver:
                     return Unsaved(Failure("images gone", "the service has deleted the task's images"))
                 output = refreshed or output
 
-    async def _check_disk(self, output: Output) -> None:
+    def _check_disk(self, output: Output) -> None:
+        """Raises DiskError when there is no room for the image; the disk is asked now and then."""
+        now = anyio.current_time()
         wanted = (output.declared_bytes or 0) + SPARE_BYTES
-        free = free_bytes(self._folder)
-        if free < wanted:
+        if now >= self._room_asked_at + ROOM_S or self._room_bytes < wanted:
+            self._room_asked_at, self._room_bytes = now, free_bytes(self._folder)
+        if self._room_bytes < wanted:
             raise errors.DiskError(
-                f"the disk is nearly full ({free / 1e6:.0f} MB left): make room, then run again"
+                f"the disk is nearly full ({self._room_bytes / 1e6:.0f} MB left): make room, then run again"
             )
+        self._room_bytes -= output.declared_bytes or 0
 
     async def _refresh(self, row: Row, output: Output) -> Output | None:
         """The output with the address the service gives now; None when it shows no images of the task."""
@@ -250,12 +312,19 @@ class Saver:
         self._progress.announce(Fact.NOTE, row, message=message)
 
 
-def _final_path(row: Row, output: Output, saved: Saved, *, held: bool) -> str:
+def _final_path(row: Row, output: Output, facts: ImageFacts, *, held: bool) -> str:
     """Where an image goes, relative to the run's folder; `held`: to wait for the others of its row."""
-    extension = saved.facts.extension
+    extension = facts.extension
     if held:
         return f"pending/{row.seq}-{row.generation}-{output.index}.{extension}"
     return image_path(row.seq, row.name, output.index, extension)
+
+
+def _names_in(folder: Path) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(folder))
+    except FileNotFoundError:
+        return frozenset()
 
 
 def _first(faults: BaseExceptionGroup[errors.BatchrunError]) -> errors.BatchrunError:

@@ -6,8 +6,10 @@ import errno
 import os
 import shutil
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from batchrun.errors import DiskError
@@ -61,6 +63,32 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+@dataclass(slots=True)
+class _Shared:
+    """Who waits for a folder to be synced, as numbers given in order."""
+
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    asked: int = 0
+    synced: int = 0
+
+
+_shared: defaultdict[Path, _Shared] = defaultdict(_Shared)
+
+
+def sync_folder_together(folder: Path) -> None:
+    """`sync_folder`, at the price of one sync for all threads that wait for the same folder meanwhile."""
+    with _durable_folders_lock:
+        shared = _shared[folder]
+        shared.asked += 1
+        mine = shared.asked
+    with shared.turn:
+        if shared.synced >= mine:
+            return  # begun by another thread after our entry was there
+        covered = shared.asked
+        sync_folder(folder)
+        shared.synced = covered
 
 
 def make_durable(folder: Path) -> None:

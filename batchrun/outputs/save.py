@@ -1,9 +1,9 @@
-"""Brings one output to disk: downloaded, verified whole, then under its final name and durable.
+"""Brings one output to disk: received, verified whole, then under its final name and durable.
 
-`download` makes one attempt. Up to GATHER_BYTES of a file are gathered in memory, so most images touch the
-disk only in `publish`: one thread job that creates, writes, syncs and renames, the fastest way measured.
-Larger ones are written as they come, in large pieces, to a file in `partial/`. Every byte passes the verifier
-and the hash as it arrives; no file is read a second time.
+`receive` makes one attempt at all bytes; nothing is looked at on the event loop. Up to GATHER_BYTES are
+gathered in memory, so most images meet the disk only in `publish`: one thread job that verifies, hashes,
+creates, writes, syncs and renames, the fastest way measured. Larger ones are verified and written as they
+come, a job for each such piece, to a file in `partial/`. No file is read a second time.
 
 An interrupted download stays in its `Partial`, held by the caller between attempts. The next one goes on
 where it ended if the server proves that the file is still the same (RFC 9110, 13.1.5 and 14), else it begins
@@ -19,13 +19,12 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import aiofiles
 import anyio
 import anyio.to_thread
 
@@ -39,12 +38,12 @@ from batchrun.errors import (
     ServerFault,
 )
 from batchrun.model import Output
-from batchrun.outputs.disk import disk_errors, make_durable, sync_folder
+from batchrun.outputs.disk import disk_errors, make_durable, sync_folder, sync_folder_together
 from batchrun.outputs.verify import EXTENSIONS, ImageFacts, Verifier
 
-#: Larger files are written to disk while they come, in pieces of this size: a download never holds more than
-#: twice as much, and the thread hops of a write cost nothing beside it.
-GATHER_BYTES = 2**20
+#: Larger files are written to disk while they come, in pieces of this size: a download holds little more than
+#: that, and the thread hops of a write cost nothing beside it.
+GATHER_BYTES = 2**19
 _READ_BYTES = 2**18
 
 
@@ -91,7 +90,7 @@ class Fetch(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A whole image, verified, at `path` (or still in memory)."""
+    """A whole image, verified and durable, at `path`."""
 
     path: Path
     sha256: str
@@ -99,8 +98,6 @@ class Saved:
     facts: ImageFacts
     #: What was declared otherwise and is kept all the same.
     warnings: tuple[str, ...] = ()
-    #: The file itself when it is not at `path` yet; `publish` writes it.
-    content: bytes | None = field(default=None, repr=False)
 
 
 class Partial:
@@ -116,13 +113,20 @@ class Partial:
         #: The strong ETag of the file that has begun to arrive; only with it can it be gone on with.
         self.etag: str | None = None
         self.total_bytes: int | None = None
-        #: Bytes arrived and verified so far.
+        #: Bytes arrived so far.
         self.offset_bytes = 0
+        #: Those of them that are in memory only, and how many there are.
         self._held: list[bytes] = []
+        self._held_bytes = 0
+        #: How many of the pieces in memory the verifier and the hashes have seen.
+        self._read_pieces = 0
         self._written_bytes = 0
         self._verifier = Verifier()
         self._sha256 = hashlib.sha256()
+        #: To be compared with the ETag where that is one; not needed where the format has checksums itself.
         self._md5: hashlib._Hash | None = None
+        #: The content types it was declared with: by the service, and by the server.
+        self._declared_types: tuple[str, ...] = ()
 
     def discard(self) -> None:
         """Removes the file, if there is one, and begins again."""
@@ -151,34 +155,65 @@ class Partial:
         self._md5 = hashlib.md5(usedforsecurity=False) if _md5_in(self.etag) else None
 
     def _take(self, chunk: bytes) -> None:
-        self._verifier.feed(chunk)
-        self._sha256.update(chunk)
-        if self._md5:
-            self._md5.update(chunk)
         self._held.append(chunk)
+        self._held_bytes += len(chunk)
         self.offset_bytes += len(chunk)
 
-    async def _flush(self) -> None:
-        """Writes what is held in memory to the file."""
-        data = b"".join(self._held)
-        # Shielded: after a cancellation it must be known what is in the file, to go on with it.
-        with anyio.CancelScope(shield=True), disk_errors("write", self.path), _vanishing(self.path):
-            if not self._written_bytes:
-                await anyio.to_thread.run_sync(lambda: self.path.parent.mkdir(parents=True, exist_ok=True))
-            async with aiofiles.open(self.path, "ab" if self._written_bytes else "wb") as file:
-                if await file.tell() != self._written_bytes:
-                    raise OutputCorrupt(f"{self.path} was changed from outside", reason="vanished")
-                await file.write(data)
-        self._written_bytes += len(data)
-        self._held.clear()
+    # --- in threads: a call that hashes lets other threads run, which on the event loop it would wait for ---
 
-    async def _seal(
-        self, *, declared_bytes: int | None, declared_types: tuple[str, ...], accept: str | None
-    ) -> Saved:
-        """Judges the complete body."""
+    def _read(self) -> None:
+        """Gives what is in memory to the verifier and the hashes."""
+        if not self._written_bytes and self._read_pieces == 0 and len(self._held) > 1:
+            self._held = [b"".join(self._held)]
+        for chunk in self._held[self._read_pieces :]:
+            self._verifier.feed(chunk)
+            self._sha256.update(chunk)
+            if self._md5 and self._verifier.checks_every_byte:
+                self._md5 = None
+            if self._md5:
+                self._md5.update(chunk)
+            self._read_pieces += 1
+
+    def _spill(self) -> None:
+        """Verifies what is in memory and writes it to the file."""
+        self._read()
+        with disk_errors("write", self.path), _vanishing(self.path):
+            if not self._written_bytes:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_APPEND if self._written_bytes else os.O_CREAT | os.O_TRUNC
+            with _opened(self.path, flags) as file:
+                if os.lseek(file, 0, os.SEEK_END) != self._written_bytes:
+                    raise OutputCorrupt(f"{self.path} was changed from outside", reason="vanished")
+                for chunk in self._held:
+                    _write(file, chunk)
+        self._written_bytes += self._held_bytes
+        self._held.clear()
+        self._held_bytes = self._read_pieces = 0
+
+    def _store(self) -> None:
+        """Makes the whole file durable at `path`."""
+        if self._held and self._written_bytes:
+            self._spill()
+        if not self._held:
+            with _opened(self.path, 0) as file:
+                os.fsync(file)
+            return
+        try:
+            opened = _opened(self.path, os.O_CREAT | os.O_TRUNC)
+        except FileNotFoundError:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            opened = _opened(self.path, os.O_CREAT | os.O_TRUNC)
+        with opened as file:
+            for chunk in self._held:
+                _write(file, chunk)
+            os.fsync(file)
+
+    def _judge(self, declared_bytes: int | None, accept: str | None) -> tuple[ImageFacts, tuple[str, ...]]:
+        """What the complete body is, and what is to be warned of."""
         if self.total_bytes is not None and self.offset_bytes != self.total_bytes:
             message = f"{self.offset_bytes} of {self.total_bytes} bytes came"
             raise OutputCorrupt(message, reason="truncated")
+        self._read()
         facts = self._verifier.finish()
         sha256 = self._sha256.hexdigest()
         reason, warnings = "", []
@@ -189,20 +224,13 @@ class Partial:
         if declared_bytes is not None and declared_bytes != self.offset_bytes:
             reason = reason or "declared-size"
             warnings.append(f"declared with {declared_bytes} bytes, came with {self.offset_bytes}")
-        for declared in dict.fromkeys(declared_types):
+        for declared in dict.fromkeys(self._declared_types):
             if _contradicts(declared, facts.media_type):
                 reason = reason or "declared-type"
                 warnings.append(f"declared as {declared}, came as {facts.media_type}")
         if warnings and sha256 != accept:
             raise OutputCorrupt("; ".join(warnings), reason=reason, sha256=sha256)
-        content = None
-        if self._written_bytes:
-            await self._flush()
-            with disk_errors("write", self.path), _vanishing(self.path):
-                await anyio.to_thread.run_sync(_sync, self.path)
-        else:
-            content = b"".join(self._held)
-        return Saved(self.path, sha256, self.offset_bytes, facts, tuple(warnings), content)
+        return facts, tuple(warnings)
 
 
 # --- the steps -----------------------------------------------------------------------------------------
@@ -211,18 +239,12 @@ class Partial:
 _RESUMABLE = (NotSent, ReplyLost, ServerFault, RateLimited)
 
 
-async def download(
-    fetch: Fetch, output: Output, partial: Partial, *, max_bytes: int, accept_sha256: str | None = None
-) -> Saved:
-    """Fetches an output once and verifies it; the result is durable only after `publish`.
-
-    The declared size and type are part of the promise: a whole image that breaks it raises OutputCorrupt with
-    the hash of what came (`declared-size`, `declared-type`). When the next complete fetch, called with that
-    hash as `accept_sha256`, brings the same bytes, they are what the service has: kept, with warnings.
+async def receive(fetch: Fetch, output: Output, partial: Partial, *, max_bytes: int) -> None:
+    """Fetches an output once: all its bytes are in `partial` then, to be published.
 
     Raises what `fetch` raises (after ReplyLost the partial stays for the next attempt), OutputCorrupt (fetch
-    again; its reason a word of Verifier or one of `range`, `vanished`, `etag`, `declared-size`,
-    `declared-type`), OutputError (larger than `max_bytes`, or without an address), DiskError.
+    again; its reason a word of Verifier, `range` or `vanished`), OutputError (larger than `max_bytes`, or
+    without an address), DiskError.
     """
     if output.url is None:
         raise OutputError("the service gives no address for this output")
@@ -233,16 +255,15 @@ async def download(
         asked = partial.resumes_at
         async with fetch(output.url, start=asked, etag=partial.etag if asked else None) as reply:
             partial._meet(reply, asked=asked)
+            partial._declared_types = (output.content_type, reply.content_type)
             _check_limit(partial.total_bytes or 0, max_bytes)
             async for chunk in reply.chunks:
                 _check_limit(partial.offset_bytes + len(chunk), max_bytes)
                 partial._take(chunk)
-                if partial.offset_bytes - partial._written_bytes >= GATHER_BYTES:
-                    await partial._flush()
-            declared_types = (output.content_type, reply.content_type)
-        return await partial._seal(
-            declared_bytes=output.declared_bytes, declared_types=declared_types, accept=accept_sha256
-        )
+                if partial._held_bytes >= GATHER_BYTES:
+                    # Shielded: after a cancellation it must be known what is in the file, to go on with it.
+                    with anyio.CancelScope(shield=True):
+                        await anyio.to_thread.run_sync(partial._spill)
     except _RESUMABLE:
         raise
     except BatchrunError:
@@ -250,13 +271,31 @@ async def download(
         raise
 
 
-async def publish(saved: Saved, final: Path) -> None:
-    """Puts a verified image under its final name, durably, in one thread job; safe to repeat.
+async def publish(
+    partial: Partial,
+    output: Output,
+    place: Callable[[ImageFacts], Path],
+    *,
+    accept_sha256: str | None = None,
+    limiter: anyio.CapacityLimiter | None = None,
+) -> Saved:
+    """Verifies what was received and puts it where `place` says, durably, in one thread job; safe to repeat.
 
-    Raises OutputError when another file is there already (nothing is ever replaced), OutputCorrupt
-    (`vanished`) when the partial file was deleted from outside, DiskError.
+    The declared size and type are part of the promise: a whole image that breaks it raises OutputCorrupt with
+    the hash of what came (`declared-size`, `declared-type`). When the next complete fetch brings the same
+    bytes, published with that hash as `accept_sha256`, they are what the service has: kept, with warnings.
+
+    Raises OutputCorrupt (fetch again; its reason a word of Verifier or one of `etag`, `declared-size`,
+    `declared-type`, `vanished`: the partial file was deleted from outside), OutputError when another file is
+    there already (nothing is ever replaced), DiskError.
     """
-    await anyio.to_thread.run_sync(_publish, saved, final)
+    try:
+        return await anyio.to_thread.run_sync(
+            _publish, partial, output.declared_bytes, place, accept_sha256, limiter=limiter
+        )
+    except BatchrunError:
+        partial.forget()
+        raise
 
 
 async def adopt(base: Path, declared_bytes: int | None) -> Saved | None:
@@ -318,23 +357,24 @@ def _vanishing(path: Path) -> Iterator[None]:
         raise OutputCorrupt(f"{path} was deleted from outside", reason="vanished") from error
 
 
-def _publish(saved: Saved, final: Path) -> None:
-    with disk_errors("write", final), _vanishing(saved.path):
+def _publish(
+    partial: Partial, declared_bytes: int | None, place: Callable[[ImageFacts], Path], accept: str | None
+) -> Saved:
+    facts, warnings = partial._judge(declared_bytes, accept)
+    final = place(facts)
+    saved = Saved(final, partial._sha256.hexdigest(), partial.offset_bytes, facts, warnings)
+    with disk_errors("write", final), _vanishing(partial.path):
         if os.path.lexists(final):
             if not (final.is_file() and _hash(final) == saved.sha256):
                 raise OutputError(f"{final} is there already with other content: move it away and run again")
             sync_folder(final.parent)
-            saved.path.unlink(missing_ok=True)
-            return
-        if saved.content is not None:
-            saved.path.parent.mkdir(parents=True, exist_ok=True)
-            with saved.path.open("wb") as file:
-                file.write(saved.content)
-                file.flush()
-                os.fsync(file.fileno())
+            partial.path.unlink(missing_ok=True)
+            return saved
+        partial._store()
         make_durable(final.parent)
-        saved.path.rename(final)
-        sync_folder(final.parent)
+        os.rename(partial.path, final)
+        sync_folder_together(final.parent)
+    return saved
 
 
 def _adopt(base: Path, declared_bytes: int | None) -> Saved | None:
@@ -364,6 +404,20 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
+@contextmanager
+def _closing(file: int) -> Iterator[int]:
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _opened(path: Path, flags: int) -> AbstractContextManager[int]:
+    """The file, opened to be written as it is: Python's own files ask the system three things more."""
+    return _closing(os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, 0o666))
+
+
+def _write(file: int, data: bytes) -> None:
+    written = os.write(file, data)
+    while written < len(data):  # a disk that is nearly full takes a part, and fails the next time
+        written += os.write(file, memoryview(data)[written:])

@@ -8,10 +8,10 @@ from decimal import Context, Decimal
 from typing import Any
 
 from batchrun.errors import LeaseLost
-from batchrun.model import TERMINAL, Failure, Row, State, Task
+from batchrun.model import TERMINAL, Failure, Output, Row, State, Task
 from batchrun.rules.policy import charged
-from batchrun.rules.states import Event, advance
-from batchrun.store.records import dumps, load_row
+from batchrun.rules.states import TRANSITIONS, Event, ImpossibleMove, advance
+from batchrun.store.records import ATTEMPT_COLUMNS, ROW_COLUMNS, complete, dumps
 
 #: Above all that a row ever had: it may have gone back to an earlier one.
 NEXT_GENERATION = (
@@ -35,35 +35,59 @@ def check_lease(connection: sqlite3.Connection, seq: int, lease: int) -> None:
         raise LeaseLost(f"row {seq} is not claimed by this process any more")
 
 
-def move(
-    connection: sqlite3.Connection, seq: int, event: Event, *, lease: int, failure: Failure | None = None
-) -> State:
-    """Bring a row to its next state; raises LeaseLost, or ImpossibleMove where the table has no such move.
+#: The states in which an event can happen.
+_BEFORE = {event: [state for state, known in TRANSITIONS if known is event] for event in Event}
 
-    A row that comes to rest is given back and takes the next number in the order of settling. One that would
-    be submitted again but has left the manifest is given back too: nothing more is bought for it.
+
+def move(
+    connection: sqlite3.Connection,
+    seq: int,
+    event: Event,
+    *,
+    lease: int,
+    failure: Failure | None = None,
+    attempts: int = 0,
+) -> tuple[Any, ...]:
+    """Bring a row to its next state, `attempts` more used up; returns its record as it then is (ROW_COLUMNS).
+
+    Raises LeaseLost, or ImpossibleMove where the table has no such move. A row that comes to rest is given
+    back and takes the next number in the order of settling. One that would be submitted again but has left
+    the manifest is given back too: nothing more is bought for it.
     """
-    check_lease(connection, seq, lease)
-    before, present = connection.execute("SELECT state, present FROM rows WHERE seq = ?", (seq,)).fetchone()
-    after = advance(State(before), event)
-    if before == State.IN_DOUBT:
+    before = _BEFORE[event][0]
+    if len(_BEFORE[event]) > 1:  # the row tells; most events happen in one state, and need not ask
+        check_lease(connection, seq, lease)
+        (text,) = connection.execute("SELECT state FROM rows WHERE seq = ?", (seq,)).fetchone()
+        before = State(text)
+    after = advance(before, event)
+    if before is State.IN_DOUBT:
         unsettle(connection, [seq])  # it may have been told as such
     rests = after in TERMINAL
-    given_back = rests or (after is State.PLANNED and not present)
-    connection.execute(
-        "UPDATE rows SET state = ?, cause = ?, message = ?, settled = ?, lease = ? WHERE seq = ?",
+    records = connection.execute(
+        "UPDATE rows SET state = ?, cause = ?, message = ?, settled = ?, attempts = attempts + ?, "
+        "lease = CASE WHEN ? OR (? AND NOT present) THEN NULL ELSE lease END "
+        f"WHERE seq = ? AND lease = ? AND state = ? RETURNING {ROW_COLUMNS}, present",
         (
             after,
             failure.cause if failure else None,
             failure.message if failure else None,
             next_settled(connection) if rests else None,
-            None if given_back else lease,
+            attempts,
+            rests,
+            after is State.PLANNED,
             seq,
+            lease,
+            before,
         ),
-    )
+    ).fetchall()
+    if not records:
+        check_lease(connection, seq, lease)
+        (text,) = connection.execute("SELECT state FROM rows WHERE seq = ?", (seq,)).fetchone()
+        raise ImpossibleMove(f"{event.value!r} cannot happen to a row that is {text}")
+    *record, present = records[0]
     if present:
-        _count_move(connection, State(before), after)
-    return after
+        _count_move(connection, before, after)
+    return tuple(record)
 
 
 def next_settled(connection: sqlite3.Connection) -> int:
@@ -84,12 +108,11 @@ def unsettle(connection: sqlite3.Connection, seqs: Iterable[int]) -> None:
 
 
 def _count_move(connection: sqlite3.Connection, before: State, after: State) -> None:
-    for state, change in ((before, -1), (after, 1)):
-        connection.execute(
-            "INSERT INTO counts (state, rows) VALUES (?, ?) "
-            "ON CONFLICT (state) DO UPDATE SET rows = rows + excluded.rows",
-            (state, change),
-        )
+    connection.execute(
+        "INSERT INTO counts (state, rows) VALUES (?, -1), (?, 1) "
+        "ON CONFLICT (state) DO UPDATE SET rows = rows + excluded.rows",
+        (before, after),
+    )
 
 
 # --- attempts ---------------------------------------------------------------------------------------
@@ -99,26 +122,56 @@ def drop_attempt(
     connection: sqlite3.Connection, seq: int, event: Event, *, lease: int, failure: Failure | None = None
 ) -> Row:
     """Move a row whose open attempt, if any, certainly made no task: nothing is left of it."""
-    move(connection, seq, event, lease=lease, failure=failure)
+    record = move(connection, seq, event, lease=lease, failure=failure)
     free_reservation(connection, seq)
     connection.execute("DELETE FROM attempts WHERE row = ? AND open = 1", (seq,))
-    return load_row(connection, seq)
+    return complete(connection, record)
 
 
 def close_attempt(
     connection: sqlite3.Connection, seq: int, task: Task, *, at: float, error: str = ""
-) -> None:
-    """End the row's open attempt as its task has ended; what that cost is spent."""
-    free_reservation(connection, seq)
+) -> tuple[Any, ...] | None:
+    """End the row's open attempt as its task has ended; what that cost is spent.
+
+    Returns the attempt's record (ATTEMPT_COLUMNS), None when none was open.
+    """
     cost = charged(task)
-    connection.execute(
+    closed = connection.execute(
         "UPDATE attempts SET open = 0, ended_at = ?, status = ?, pexit = ?, cost_usd = ?, seconds = ?, "
-        "error = ? WHERE row = ? AND open = 1",
+        f"error = ? WHERE row = ? AND open = 1 RETURNING {ATTEMPT_COLUMNS}, reserved_usd",
         (at, task.status, task.pexit, _decimal_text(cost), _decimal_text(task.elapsed_s), error, seq),
-    )
-    connection.execute("UPDATE rows SET attempts = attempts + 1 WHERE seq = ?", (seq,))
+    ).fetchall()
     if cost:
         _add(connection, "spent_usd", cost)
+    if not closed:
+        return None
+    *record, reserved = closed[0]
+    reserve(connection, -Decimal(reserved))
+    return tuple(record)
+
+
+def save_output(
+    connection: sqlite3.Connection, seq: int, output: Output, *, held: bool = False, warning: str = ""
+) -> None:
+    """Note what an image on disk is, and where it lies."""
+    connection.execute(
+        "UPDATE outputs SET state = ?, path = ?, sha256 = ?, size_bytes = ?, media_type = ?, "
+        "width_px = ?, height_px = ?, warning = ? WHERE row = ? AND number = ? "
+        "AND generation = (SELECT generation FROM rows WHERE seq = ?)",
+        (
+            "held" if held else "saved",
+            output.path,
+            output.sha256,
+            output.size_bytes,
+            output.media_type,
+            output.width_px,
+            output.height_px,
+            warning,
+            seq,
+            output.index,
+            seq,
+        ),
+    )
 
 
 def begin_anew(connection: sqlite3.Connection, seq: int) -> None:

@@ -86,6 +86,10 @@ class _Pending(Generic[T]):
     settled: bool = False
     result: T | None = None
     error: Exception | None = None
+    #: It is to commit for all who wait.
+    leads: bool = False
+    #: Its task sleeps on this while another one commits: until it is settled, or is to commit itself.
+    woken: anyio.Event | None = None
 
     def outcome(self) -> T:
         if self.error is not None:
@@ -100,8 +104,12 @@ class Transactions:
         self.connection = connection
         self._path = path
         self._turn = anyio.Lock()
+        self._thread = anyio.CapacityLimiter(1)  # of its own: no commit waits behind files
         #: Threads take from it while the event loop adds: a deque's ends may be used by both.
         self._waiting: deque[_Pending[Any]] = deque()
+        #: Whether one of the tasks commits for all, and those that sleep meanwhile.
+        self._is_led = False
+        self._asleep: list[_Pending[Any]] = []
         # A task cancelled from outside anyio leaves its thread behind: the next one waits for it here.
         self._exclusive = threading.Lock()
 
@@ -114,20 +122,57 @@ class Transactions:
         item = _Pending(verb)
         self._waiting.append(item)
         try:
-            async with self._turn:
-                while not item.settled:
-                    with anyio.CancelScope(shield=True):  # others' verbs are in it
-                        await anyio.to_thread.run_sync(self._commit_waiting)
+            if self._is_led:
+                await self._sleep(item)
+            if item.leads or not item.settled:
+                await self._lead(item)
         except BaseException:
             with suppress(ValueError):  # a thread has taken it up already
                 self._waiting.remove(item)
             raise
         return item.outcome()
 
+    async def _sleep(self, item: _Pending[Any]) -> None:
+        """Wait until `item` is settled, or is to lead."""
+        item.woken = anyio.Event()
+        self._asleep.append(item)
+        try:
+            await item.woken.wait()
+        except BaseException:
+            if item.leads:
+                self._wake()
+            elif item in self._asleep:
+                self._asleep.remove(item)
+            raise
+
+    async def _lead(self, item: _Pending[Any]) -> None:
+        """Commit for all who wait, until `item` is settled."""
+        self._is_led = True
+        try:
+            while not item.settled:
+                async with self._turn:
+                    with anyio.CancelScope(shield=True):  # others' verbs are in it
+                        await anyio.to_thread.run_sync(self._commit_waiting, limiter=self._thread)
+        finally:
+            self._wake()
+
+    def _wake(self) -> None:
+        """Wake those who are settled, and one of the others to lead on."""
+        self._is_led = False
+        asleep, self._asleep = self._asleep, []
+        for item in asleep:
+            if self._is_led and not item.settled:
+                self._asleep.append(item)
+                continue
+            if not item.settled:
+                self._is_led = item.leads = True
+            if item.woken is not None:
+                item.woken.set()
+
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run `work` alone and outside of any transaction of ours: a query, or a long change of its own."""
         async with self._turn:
-            return await anyio.to_thread.run_sync(self._alone, work)
+            return await anyio.to_thread.run_sync(self._alone, work, limiter=self._thread)
 
     def close(self) -> None:
         """Close the file, once nobody uses it."""
@@ -150,15 +195,30 @@ class Transactions:
                 self._commit(batch)
             except Exception as error:
                 for item in batch:
-                    item.error = store_error(error, self._path) if isinstance(error, sqlite3.Error) else error
-                with suppress(sqlite3.Error):  # the connection may be closed
-                    if self.connection.in_transaction:
-                        self.connection.execute("ROLLBACK")
+                    item.error = self._ours(error)
+                self._roll_back()
             finally:
                 for item in batch:
                     item.settled = True
 
     def _commit(self, batch: list[_Pending[Any]]) -> None:
+        """Run and commit verbs together; where one fails, each by itself, so that it takes no other with it.
+
+        A savepoint around every verb would cost as much as some verbs do, and failures are rare.
+        """
+        self.connection.execute("BEGIN IMMEDIATE")
+        try:
+            for item in batch:
+                item.result = item.verb(self.connection)
+        except sqlite3.OperationalError:
+            raise  # the database itself, not this verb
+        except Exception:
+            self._roll_back()
+            self._commit_apart(batch)
+        else:
+            self.connection.execute("COMMIT")
+
+    def _commit_apart(self, batch: list[_Pending[Any]]) -> None:
         connection = self.connection
         connection.execute("BEGIN IMMEDIATE")
         for item in batch:
@@ -166,9 +226,17 @@ class Transactions:
             try:
                 item.result = item.verb(connection)
             except sqlite3.OperationalError:
-                raise  # the database itself, not this verb
+                raise
             except Exception as error:
                 connection.execute("ROLLBACK TO verb")
-                item.error = store_error(error, self._path) if isinstance(error, sqlite3.Error) else error
+                item.error = self._ours(error)
             connection.execute("RELEASE verb")
         connection.execute("COMMIT")
+
+    def _roll_back(self) -> None:
+        with suppress(sqlite3.Error):  # the connection may be closed
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
+
+    def _ours(self, error: Exception) -> Exception:
+        return store_error(error, self._path) if isinstance(error, sqlite3.Error) else error

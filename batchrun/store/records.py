@@ -124,14 +124,28 @@ def load_row(connection: sqlite3.Connection, seq: int) -> Row:
     record = connection.execute(f"SELECT {ROW_COLUMNS} FROM rows WHERE seq = ?", (seq,)).fetchone()
     if record is None:
         raise KeyError(seq)
-    generation = record[11]
-    attempt = connection.execute(
-        f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE row = ? AND generation = ? "
-        "ORDER BY number DESC LIMIT 1",
-        (seq, generation),
-    ).fetchone()
-    outputs = connection.execute(
-        f"SELECT {OUTPUT_COLUMNS} FROM outputs WHERE row = ? AND generation = ? ORDER BY number",
-        (seq, generation),
-    ).fetchall()
-    return read_row(record, read_attempt(attempt) if attempt else None, map(read_output, outputs))
+    return complete(connection, record)
+
+
+def complete(
+    connection: sqlite3.Connection,
+    record: tuple[Any, ...],
+    *,
+    attempt: tuple[Any, ...] | None = None,
+    outputs: tuple[Output, ...] | None = None,
+) -> Row:
+    """The row of a record of ROW_COLUMNS; its newest attempt and its outputs are asked for unless given."""
+    seq, generation = record[0], record[11]
+    if attempt is None:
+        attempt = connection.execute(
+            f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE row = ? AND generation = ? "
+            "ORDER BY number DESC LIMIT 1",
+            (seq, generation),
+        ).fetchone()
+    if outputs is None:
+        found = connection.execute(
+            f"SELECT {OUTPUT_COLUMNS} FROM outputs WHERE row = ? AND generation = ? ORDER BY number",
+            (seq, generation),
+        ).fetchall()
+        outputs = tuple(map(read_output, found))
+    return read_row(record, read_attempt(attempt) if attempt else None, outputs)

@@ -33,7 +33,15 @@ from batchrun.store.reading import (
     read_settled,
     read_value,
 )
-from batchrun.store.records import dumps, load_row
+from batchrun.store.records import (
+    ATTEMPT_COLUMNS,
+    OUTPUT_COLUMNS,
+    ROW_COLUMNS,
+    complete,
+    dumps,
+    load_row,
+    read_output,
+)
 
 __all__ = [
     "STATE_FILE",
@@ -215,11 +223,10 @@ class Store:
             claimed = connection.execute(
                 "UPDATE rows SET lease = ? WHERE seq IN (SELECT seq FROM rows "
                 f"WHERE state = '{state}' AND {reading.UNFINISHED} AND lease IS NULL {present} {bound} "
-                "ORDER BY seq LIMIT ?) RETURNING seq",
+                f"ORDER BY seq LIMIT ?) RETURNING {ROW_COLUMNS}",
                 (self.lease, limit),
             ).fetchall()
-            seqs = sorted(seq for (seq,) in claimed)
-            return [load_row(connection, seq) for seq in seqs]
+            return [complete(connection, record) for record in sorted(claimed)]
 
         return await self._write(verb)
 
@@ -271,14 +278,15 @@ class Store:
         """Record that the row is about to be submitted; the submit may be sent once this returns."""
 
         def verb(connection: sqlite3.Connection) -> Row:
-            changes.move(connection, intent.seq, Event.INTENT_RECORDED, lease=self.lease)
-            connection.execute(
+            record = changes.move(connection, intent.seq, Event.INTENT_RECORDED, lease=self.lease)
+            [attempt] = connection.execute(
                 "INSERT INTO attempts (row, generation, number, intent_at, intent_server_at, after_task, "
-                "reserved_usd) SELECT seq, generation, attempts + 1, ?, ?, ?, ? FROM rows WHERE seq = ?",
+                "reserved_usd) SELECT seq, generation, attempts + 1, ?, ?, ?, ? FROM rows WHERE seq = ? "
+                f"RETURNING {ATTEMPT_COLUMNS}",
                 (intent.at, intent.server_at, intent.after_task, str(intent.reserved_usd), intent.seq),
-            )
+            ).fetchall()
             changes.reserve(connection, intent.reserved_usd)
-            return load_row(connection, intent.seq)
+            return complete(connection, record, attempt=attempt, outputs=())
 
         return await self._write(verb)
 
@@ -294,12 +302,14 @@ class Store:
             holder = connection.execute(query, (accepted.task_id,)).fetchone()
             if holder is None:
                 event = Event.ADOPTED if adopted else Event.ACCEPTED
-                changes.move(connection, seq, event, lease=self.lease)
-                connection.execute(
-                    "UPDATE attempts SET task_id = ?, token = ?, accepted_at = ? WHERE row = ? AND open = 1",
+                record = changes.move(connection, seq, event, lease=self.lease)
+                attempts = connection.execute(
+                    "UPDATE attempts SET task_id = ?, token = ?, accepted_at = ? WHERE row = ? AND open = 1 "
+                    f"RETURNING {ATTEMPT_COLUMNS}",
                     (accepted.task_id, accepted.token, at, seq),
-                )
-            elif not adopted and holder != (seq, 1):  # that would be this very answer, recorded already
+                ).fetchall()
+                return complete(connection, record, attempt=attempts[0] if attempts else None, outputs=())
+            if not adopted and holder != (seq, 1):  # that would be this very answer, recorded already
                 changes.move(connection, seq, Event.REPLY_LOST, lease=self.lease)
             return load_row(connection, seq)
 
@@ -355,9 +365,9 @@ class Store:
 
         def verb(connection: sqlite3.Connection) -> Row:
             told = None if event is Event.ATTEMPT_FAILED else failure
-            changes.move(connection, seq, event, lease=self.lease, failure=told)
-            changes.close_attempt(connection, seq, task, at=at, error=failure.message)
-            return load_row(connection, seq)
+            record = changes.move(connection, seq, event, lease=self.lease, failure=told, attempts=1)
+            attempt = changes.close_attempt(connection, seq, task, at=at, error=failure.message)
+            return complete(connection, record, attempt=attempt)
 
         return await self._write(verb)
 
@@ -365,17 +375,21 @@ class Store:
         """The task succeeded: its cost is spent, its outputs are to be saved."""
 
         def verb(connection: sqlite3.Connection) -> Row:
-            changes.move(connection, seq, Event.FINISHED, lease=self.lease)
-            changes.close_attempt(connection, seq, task, at=at)
+            record = changes.move(connection, seq, Event.FINISHED, lease=self.lease, attempts=1)
+            attempt = changes.close_attempt(connection, seq, task, at=at)
+            outputs = tuple(
+                Output(number, output.url, output.name, output.content_type, output.size_bytes)
+                for number, output in enumerate(output for output in task.outputs if output.url)
+            )
             connection.executemany(
                 "INSERT INTO outputs (row, generation, number, state, url, name, content_type, "
                 "declared_bytes) SELECT seq, generation, ?, 'pending', ?, ?, ?, ? FROM rows WHERE seq = ?",
                 [
-                    (number, output.url, output.name, output.content_type, output.size_bytes, seq)
-                    for number, output in enumerate(output for output in task.outputs if output.url)
+                    (output.index, output.url, output.name, output.content_type, output.declared_bytes, seq)
+                    for output in outputs
                 ],
             )
-            return load_row(connection, seq)
+            return complete(connection, record, attempt=attempt, outputs=outputs)
 
         return await self._write(verb)
 
@@ -402,50 +416,45 @@ class Store:
 
         def verb(connection: sqlite3.Connection) -> Row:
             changes.check_lease(connection, seq, self.lease)
-            connection.execute(
-                "UPDATE outputs SET state = ?, path = ?, sha256 = ?, size_bytes = ?, media_type = ?, "
-                "width_px = ?, height_px = ?, warning = ? WHERE row = ? AND number = ? "
-                "AND generation = (SELECT generation FROM rows WHERE seq = ?)",
-                (
-                    "held" if held else "saved",
-                    output.path,
-                    output.sha256,
-                    output.size_bytes,
-                    output.media_type,
-                    output.width_px,
-                    output.height_px,
-                    warning,
-                    seq,
-                    output.index,
-                    seq,
-                ),
-            )
+            changes.save_output(connection, seq, output, held=held, warning=warning)
             return load_row(connection, seq)
 
         return await self._write(verb)
 
-    async def record_saved(self, seq: int, *, superseded: Mapping[str, str] | None = None) -> Row:
+    async def record_saved(
+        self,
+        seq: int,
+        *,
+        last: Output | None = None,
+        warning: str = "",
+        superseded: Mapping[str, str] | None = None,
+    ) -> Row:
         """Every image of the row is under its final name: the row is done.
 
-        `superseded` maps the old paths of images moved aside to their new ones.
+        `last` is the image that was still to be recorded, with its warning. `superseded` maps the old paths
+        of images moved aside to their new ones.
         """
 
         def verb(connection: sqlite3.Connection) -> Row:
-            changes.move(connection, seq, Event.SAVED, lease=self.lease)
-            connection.executemany(
-                "UPDATE outputs SET state = 'superseded', path = ? WHERE row = ? AND path = ? "
-                "AND generation < (SELECT generation FROM rows WHERE seq = ?)",
-                [(new, seq, old, seq) for old, new in (superseded or {}).items()],
-            )
+            record = changes.move(connection, seq, Event.SAVED, lease=self.lease)
+            if last is not None:
+                changes.save_output(connection, seq, last, warning=warning)
+            if superseded:
+                connection.executemany(
+                    "UPDATE outputs SET state = 'superseded', path = ? WHERE row = ? AND path = ? "
+                    "AND generation < (SELECT generation FROM rows WHERE seq = ?)",
+                    [(new, seq, old, seq) for old, new in superseded.items()],
+                )
             # addresses expire; a million of them are not worth keeping
-            connection.execute(
+            saved = connection.execute(
                 "UPDATE outputs SET state = 'saved', url = NULL, name = '' WHERE row = ? "
-                "AND generation = (SELECT generation FROM rows WHERE seq = ?)",
+                f"AND generation = (SELECT generation FROM rows WHERE seq = ?) RETURNING {OUTPUT_COLUMNS}",
                 (seq, seq),
-            )
+            ).fetchall()
             connection.execute("UPDATE rows SET kept = NULL WHERE seq = ? AND kept IS NOT NULL", (seq,))
-            row = load_row(connection, seq)
-            if read_value(connection, "SELECT present FROM rows WHERE seq = ?", (seq,)):
+            outputs = tuple(sorted(map(read_output, saved), key=lambda output: output.index))
+            row = complete(connection, record, outputs=outputs)
+            if row.present:
                 size_bytes = sum(output.size_bytes or 0 for output in row.outputs)
                 changes.count_images(connection, len(row.outputs), size_bytes)
             return row

@@ -10,6 +10,7 @@ import base64
 import hmac
 import re
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 
 def headers(key: str, secret: str | None, nonce: int) -> dict[str, str]:
@@ -17,8 +18,18 @@ def headers(key: str, secret: str | None, nonce: int) -> dict[str, str]:
     if secret is None:
         return {"x-api-key": key}
     text = str(nonce)
-    signature = hmac.digest(key.encode(), (secret + text).encode(), "sha256").hex()
-    return {"x-api-key": key, "x-nonce": text, "x-signature": signature}
+    signed = _begun(key, secret).copy()
+    signed.update(text.encode())
+    return {"x-api-key": key, "x-nonce": text, "x-signature": signed.hexdigest()}
+
+
+@lru_cache(maxsize=4)
+def _begun(key: str, secret: str) -> hmac.HMAC:
+    """The signature of the secret, to be gone on with.
+
+    `hmac.digest` would let other threads run, and make the event loop wait for them at every request.
+    """
+    return hmac.new(key.encode(), secret.encode(), "sha256")
 
 
 #: What only a spelling of plain ASCII in JSON or in an address has; honest answers hardly ever do.

@@ -84,6 +84,22 @@ async def test_a_row_s_way_from_planned_to_done(path: Path) -> None:
     store.close()
 
 
+async def test_the_last_image_is_recorded_with_the_end_of_its_row(path: Path) -> None:
+    store = await planned(path, 1)
+    await claimed(store)
+    row = await to_finished(store, 1)
+    image = saved(row.outputs[0], "images/000/cat_0.png")
+    done = await store.record_saved(1, last=image, warning="declared otherwise")
+    assert done == await store.row(1)
+    assert done.state is State.DONE
+    assert [(output.path, output.sha256, output.url) for output in done.outputs] == [
+        ("images/000/cat_0.png", image.sha256, None)
+    ]
+    counts = await store.counts()
+    assert (counts.images, counts.bytes) == (1, IMAGE_BYTES)
+    store.close()
+
+
 async def test_a_submit_that_made_no_task_leaves_no_trace(path: Path) -> None:
     store = await planned(path, 1)
     await claimed(store)

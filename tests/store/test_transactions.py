@@ -532,3 +532,27 @@ async def test_a_cancel_order_is_forgotten_by_the_next_start(path: Path) -> None
     await begin(store)
     assert await store.stop_order() is None
     store.close()
+
+
+async def test_a_writer_cancelled_just_as_its_commit_ends_hands_the_turn_on(path: Path) -> None:
+    store = Store.open(path)
+    may_end = threading.Event()
+
+    def slow(connection: sqlite3.Connection) -> str:
+        may_end.wait(10)
+        return "done"
+
+    first = asyncio.ensure_future(store._transactions.write(slow))
+    others = [asyncio.ensure_future(store._transactions.write(lambda connection: "done")) for _ in range(3)]
+    await asyncio.sleep(0)
+    while store._transactions._waiting and not store._transactions._exclusive.locked():
+        await asyncio.sleep(0.001)
+    may_end.set()
+    with store._transactions._exclusive:  # the loop stands still until the thread has committed
+        first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    with anyio.fail_after(5):
+        assert [await other for other in others] == ["done"] * 3
+        assert await store._transactions.write(lambda connection: "still") == "still"
+    store.close()

@@ -1,0 +1,111 @@
+"""What a row costs: batchrun beside a bare loop of the same requests, and its memory and stalls.
+
+Both sides meet the same prepared answers (`bench.service`): a Run, a Detail, and an image of 200 KB to disk.
+Batchrun does it with full durability, and as many tasks at once that waiting for the first look at a task,
+which the bare loop does not do, is not what is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from bench.figures import Figure
+from bench.process import Cost, Wiro, batchrun, run
+from bench.service import IMAGES, service
+
+ROWS = 3000
+ROUNDS = 3
+IN_FLIGHT = 64
+#: Tasks of batchrun at once in the rounds beside the bare loop: see above.
+AHEAD = 256
+#: In the run for memory every so many rows one has a large image, 20 of them.
+LARGE_EVERY = 20
+ROOT = Path(__file__).parent.parent
+
+
+def measure() -> list[Figure]:
+    """Rows/s and CPU as the medians of the ratios of each round; memory and stalls of a run of mixed sizes."""
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        manifest(place / "rows.csv", ROWS)
+        pace, cpu, own_ms, bare_ms, stalls = [], [], [], [], []
+        with service() as wiro:
+            for number in range(ROUNDS):  # side by side: a busy moment of the machine strikes both
+                bare = bare_loop(place, f"bare-{number}", wiro)
+                own = own_run(place, f"own-{number}", wiro, tasks=AHEAD)
+                pace.append(bare.wall_s / own.wall_s)
+                cpu.append(own.cpu_s / bare.cpu_s)
+                own_ms.append(own.cpu_s / ROWS * 1000)
+                bare_ms.append(bare.cpu_s / ROWS * 1000)
+        manifest(place / "mixed.csv", 20 * LARGE_EVERY)
+        with service(large_every=LARGE_EVERY) as wiro:
+            mixed = own_run(place, "mixed", wiro, manifest="mixed.csv", tasks=IN_FLIGHT)
+        with service() as wiro:
+            late = place / "late.json"
+            own_run(place, "stalls", wiro, tasks=IN_FLIGHT, late=late)
+            stalls = sorted(json.loads(late.read_text()))
+    kilobytes = IMAGES["small"] // 1000
+    beside = f"{ROWS:,} rows of {kilobytes} KB, start-up included, median of {ROUNDS} rounds"
+    return [
+        Figure("rows/s of a bare aiohttp + uvloop loop", median(pace), "x", 0.75, ">=", beside),
+        Figure("CPU of the bare loop", median(cpu), "x", 1.35, "<=", beside),
+        Figure("CPU per row", median(own_ms), "ms"),
+        Figure("CPU per row, bare loop", median(bare_ms), "ms"),
+        Figure(
+            "peak memory",
+            mixed.peak_mb,
+            "MB",
+            100,
+            "<=",
+            f"{IN_FLIGHT} in flight, 20 of 50 MB among {20 * LARGE_EVERY} rows",
+        ),
+        Figure(
+            "event loop late, p99",
+            stalls[int(len(stalls) * 0.99)] * 1000,
+            "ms",
+            10,
+            "<=",
+            f"{IN_FLIGHT} in flight, {ROWS:,} rows",
+        ),
+    ]
+
+
+def manifest(path: Path, rows: int) -> None:
+    """Write a manifest of so many rows."""
+    path.write_text("id,prompt\n" + "".join(f"r{number},a fox {number}\n" for number in range(rows)))
+
+
+def bare_loop(place: Path, out: str, wiro: Wiro) -> Cost:
+    """The bare loop over rows.csv; its folder is emptied afterwards."""
+    env = {**wiro.env, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "bench.peers.bare", "rows.csv", out, str(IN_FLIGHT)]
+    return _counted(run(command, env=env, cwd=place), place / out, ROWS)
+
+
+def own_run(
+    place: Path, out: str, wiro: Wiro, *, manifest: str = "rows.csv", tasks: int, late: Path | None = None
+) -> Cost:
+    """A run of batchrun; `late`: where the lateness of its loop goes."""
+    env = dict(wiro.env)
+    if late is not None:
+        env |= {"PYTHONPATH": str(ROOT / "bench" / "stalls"), "BENCH_STALLS": str(late)}
+    bounds = ["--concurrency", str(tasks), "--max-concurrency", str(tasks)]
+    tool = ["--tool", "Retro-Cartoons", "--set", "samples=1"]
+    command = batchrun("run", manifest, *tool, "--out", out, *bounds)
+    rows = len((place / manifest).read_text().splitlines()) - 1
+    return _counted(run(command, env=env, cwd=place), place / out / "images", rows)
+
+
+def _counted(cost: Cost, folder: Path, rows: int) -> Cost:
+    """The cost of a run that left an image per row; frees their room."""
+    images = list(folder.rglob("*.png"))
+    if cost.exit_code != 0 or len(images) != rows:
+        raise RuntimeError(f"{folder}: exit code {cost.exit_code}, {len(images)} images of {rows} rows")
+    for path in images:
+        os.unlink(path)
+    return cost
