@@ -26,8 +26,6 @@ TRIES = (2.2, 0.25)
 TRY_S = (1.0, 0.01, 60.0)
 #: The pace of accepted submits is that of the newest so many.
 PACE_OF = 16
-#: What is held for so long is allowed: the limit rises to it.
-RAISE_S = 5.0
 #: How long the limit that the service names is taken at its word.
 TOLD_S = 60.0
 
@@ -36,7 +34,8 @@ class Slots:
     """At most `limit` tasks active at the service; the limit follows what the service allows.
 
     Where it refuses more (code 96), one submit at a time is tried beyond the limit: tasks may have ended that
-    nobody has looked at yet, or more may be allowed by now.
+    nobody has looked at yet, or more may be allowed by now. Tries come at the pace of what is accepted, so a
+    limit that fell too low climbs back within a few tasks' time.
     """
 
     def __init__(
@@ -49,8 +48,6 @@ class Slots:
         #: Until the first refusal the limit grows with every task accepted.
         self._growing = fixed is None
         self._tries = _Tries(rng or Random())
-        #: The least that was held since `_low_since`.
-        self._low, self._low_since = 0, 0.0
         #: The limit that the service named, and until when that is believed.
         self._told, self._told_until = self.ceiling, 0.0
         self._closed_until = 0.0
@@ -89,7 +86,6 @@ class Slots:
     def give(self) -> None:
         """Give a slot back."""
         self.in_use -= 1
-        self._low = min(self._low, self.in_use)
         if self.in_use <= self.limit:
             self._tries.over(anyio.current_time())
         self._hand_out()
@@ -115,9 +111,11 @@ class Slots:
 
     def accepted(self) -> None:
         """A submit was accepted: the service is not full."""
+        now = anyio.current_time()
         self._refusals = 0
-        self._tries.accepted(anyio.current_time())
-        if self._growing and self.limit < self.ceiling:
+        found = self._tries.accepted(now)
+        # a try may have found the slot of a task whose end was not seen: a refusal takes the limit back then
+        if (self._growing or found) and self.limit < self._most(now):
             self.limit += 1
         self._hand_out()
         self._wake_first()
@@ -129,9 +127,6 @@ class Slots:
         now = anyio.current_time()
         if now < self._closed_until:
             return False
-        if now - self._low_since >= RAISE_S:
-            self.limit = max(self.limit, min(self._low, self._most(now)))
-            self._low, self._low_since = self.in_use, now
         if self.in_use < self.limit:
             return True
         return not self._growing and self.in_use < self.ceiling and self._tries.begin(now)
@@ -191,13 +186,15 @@ class _Tries:
             self._per_accepted = max(TRIES[1], self._per_accepted * 0.9)
         self._plan(now)
 
-    def accepted(self, now: float) -> None:
-        """A submit was accepted."""
+    def accepted(self, now: float) -> bool:
+        """A submit was accepted; whether a try was under way."""
         self._accepted_at.append(now)
-        if self._is_trying:
+        was_trying = self._is_trying
+        if was_trying:
             self._per_accepted = min(TRIES[0], self._per_accepted * 1.5)
         if self.due_at < float("inf"):
             self._plan(now)
+        return was_trying
 
     def over(self, now: float) -> None:
         """No try is under way any more, whatever came of it."""

@@ -56,6 +56,10 @@ class Known:
     outputs: list[bool] = field(default_factory=list)
     reserved: Decimal = Decimal(0)
     held: bool = False
+    #: What it was while it was done, before it was asked for anew: taken back, it is done again.
+    kept: Known | None = None
+    #: It was: generations after that one may be used up.
+    was_restored: bool = False
 
     def is_settled(self) -> bool:
         return self.state in TERMINAL or self.held
@@ -69,6 +73,22 @@ class Known:
     def back_to_planned(self) -> None:
         self.state, self.cause, self.task, self.reserved, self.held = S.PLANNED, None, None, Decimal(0), False
         self.claimed = self.claimed and self.present
+
+    def is_taken_back(self, prompt: str) -> bool:
+        return (
+            self.kept is not None
+            and self.prompt != prompt == self.kept.prompt
+            and not self.is_paid()
+            and self.state in RESTING
+        )
+
+    def restore(self) -> None:
+        assert self.kept is not None
+        was = self.kept
+        self.prompt, self.task, self.outputs = was.prompt, was.task, list(was.outputs)
+        self.generation, self.attempts = was.generation, was.attempts
+        self.rest(S.DONE)
+        self.kept, self.was_restored = None, True
 
     def anew(self) -> None:
         self.attempts, self.outputs, self.generation = 0, [], self.generation + 1
@@ -142,6 +162,7 @@ class StoreMachine(RuleBasedStateMachine):
             if known.present and id_ not in manifest:
                 known.present = False
                 told["gone"] += 1
+        anew: list[Known] = []
         for id_, (prompt, invalid) in manifest.items():
             beginning = S.INVALID if invalid else S.PLANNED
             cause = "invalid row" if invalid else None
@@ -151,6 +172,9 @@ class StoreMachine(RuleBasedStateMachine):
                 told["new"] += 1
                 continue
             row.present = True
+            if row.is_taken_back(prompt) and not invalid:
+                row.restore()
+                continue
             if row.prompt == prompt and (row.state is S.INVALID) == invalid:
                 continue
             if row.is_paid():
@@ -160,12 +184,24 @@ class StoreMachine(RuleBasedStateMachine):
                 asked_anew = row.state in RESTING
                 told["replaced" if asked_anew else "changed"] += 1
             if asked_anew:
+                row.kept = replace(row) if row.state is S.DONE else row.kept
                 row.prompt, row.state, row.cause = prompt, beginning, cause
                 row.task = None
                 row.anew()
+                anew.append(row)
+        for row in anew:
+            self.number_anew(row)
         assert (merged.new, merged.gone, merged.rerun) == (told["new"], told["gone"], told["rerun"])
         assert (merged.changed, merged.replaced) == (told["changed"], told["replaced"])
         assert merged.rows == len(manifest)
+
+    def number_anew(self, known: Known) -> None:
+        """After a row was taken back its later generations may be used up: the next one is any newer one."""
+        if known.was_restored:
+            [seq] = [seq for seq, other in self.rows.items() if other is known]
+            generation = self.do(self.store.row(seq)).generation
+            assert generation >= known.generation
+            known.generation = generation
 
     # --- a process's life -----------------------------------------------------------------------------
 
@@ -303,7 +339,9 @@ class StoreMachine(RuleBasedStateMachine):
     def give_up_doubt(self, seq: int, known: Known) -> None:
         known.back_to_planned()
         known.anew()
-        self.check(seq, self.do(self.store.give_up_doubt(seq)))
+        row = self.do(self.store.give_up_doubt(seq))
+        self.number_anew(known)
+        self.check(seq, row)
 
     def finish(self, seq: int, known: Known) -> None:
         images = 1 + self.tasks % 3
@@ -351,6 +389,7 @@ class StoreMachine(RuleBasedStateMachine):
         while False in known.outputs:
             self.save_one(seq, known)
         known.rest(S.DONE)
+        known.kept = None
         self.check(seq, self.do(self.store.record_saved(seq)))
 
     def lose_images(self, seq: int, known: Known) -> None:
@@ -370,6 +409,7 @@ class StoreMachine(RuleBasedStateMachine):
     )
     def retry(self, states: set[State], ids: set[str], regenerate: bool) -> None:
         submit = save = lost = 0
+        anew: list[Known] = []
         for known in self.rows.values():
             if known.state not in states or not known.present or (ids and known.id not in ids):
                 continue
@@ -381,8 +421,11 @@ class StoreMachine(RuleBasedStateMachine):
             else:
                 known.back_to_planned()
                 known.anew()
+                anew.append(known)
                 submit += 1
         told = self.do(self.store.requeue(states=states, ids=ids, regenerate_lost=regenerate))
+        for known in anew:
+            self.number_anew(known)
         assert told == Requeued(submit, save, lost)
 
     # --- always ---------------------------------------------------------------------------------------

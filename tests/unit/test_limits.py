@@ -226,7 +226,7 @@ async def test_while_submits_wait_elsewhere_one_more_slot_is_tried_and_not_ever_
         for _ in range(50):
             group.start_soon(slots.take)
         await anyio.sleep(300)  # an outage: nobody submits, so nothing is learned
-        assert slots.in_use == slots.limit == 4
+        assert slots.in_use == slots.limit + 1 == 4
         group.cancel_scope.cancel()
 
 
@@ -357,24 +357,29 @@ async def test_a_refused_row_keeps_its_place_in_the_queue() -> None:
     assert order == ["refused", "behind"]
 
 
+@pytest.mark.parametrize("seconds", [0.3, 10.0])
 @virtual_time
-async def test_what_is_held_for_a_while_is_allowed_but_no_more_than_the_service_said() -> None:
-    for told, limit in ((None, 6), (4, 4)):
-        slots = slots_of()
-        for _ in range(4):
-            slots.take_anyway()
-        slots.refused(told)
-        slots.take_anyway()
-        slots.take_anyway()
-        slots.take_anyway()  # found by tries
-        with anyio.move_on_after(20):
-            await slots.take()
-            slots.accepted()
-            await anyio.sleep(20)
-        slots.give()
-        with anyio.move_on_after(1):
-            await slots.take()
-        assert slots.limit >= limit if told is None else slots.limit == limit
+async def test_a_limit_that_fell_by_mistake_climbs_back_within_a_few_tasks_time(seconds: float) -> None:
+    account = Account(64, tells=True)
+    slots = slots_of(known=64)
+    slots.take_anyway()
+    slots.take_anyway()
+    slots.refused(None)  # though all slots but one are free
+    slots.give()
+    slots.give()
+    assert slots.limit == 1
+    begun_at = anyio.current_time()
+    await account.run_rows(slots, 640, seconds)
+    assert slots.limit > 24
+    assert anyio.current_time() - begun_at < 4 * 640 / 64 * seconds
+
+
+@virtual_time
+async def test_tries_raise_the_limit_to_what_the_service_said_at_most() -> None:
+    account = Account(8, tells=True)
+    slots = slots_of(ceiling=64)
+    await account.run_rows(slots, 200, 2.0, unseen_s=1.0)
+    assert slots.limit <= 8
 
 
 @virtual_time
