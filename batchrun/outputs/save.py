@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import aiofiles
 import anyio
 import anyio.to_thread
 
@@ -123,7 +124,7 @@ class Partial:
         self._written_bytes = 0
         self._verifier = Verifier()
         self._sha256 = hashlib.sha256()
-        #: To be compared with the ETag where that is one; not needed where the format has checksums itself.
+        #: To be compared with the ETag where that is one.
         self._md5: hashlib._Hash | None = None
         #: The content types it was declared with: by the service, and by the server.
         self._declared_types: tuple[str, ...] = ()
@@ -159,6 +160,21 @@ class Partial:
         self._held_bytes += len(chunk)
         self.offset_bytes += len(chunk)
 
+    async def _spill(self) -> None:
+        """Verifies what is in memory and writes it to the file."""
+        # Shielded: after a cancellation it must be known what is in the file, to go on with it.
+        with anyio.CancelScope(shield=True), disk_errors("write", self.path), _vanishing(self.path):
+            await anyio.to_thread.run_sync(self._read)
+            if not self._written_bytes:
+                await anyio.to_thread.run_sync(lambda: self.path.parent.mkdir(parents=True, exist_ok=True))
+            async with aiofiles.open(self.path, "ab" if self._written_bytes else "wb") as file:
+                if await file.tell() != self._written_bytes:
+                    raise OutputCorrupt(f"{self.path} was changed from outside", reason="vanished")
+                await file.write(b"".join(self._held))
+        self._written_bytes += self._held_bytes
+        self._held.clear()
+        self._held_bytes = self._read_pieces = 0
+
     # --- in threads: a call that hashes lets other threads run, which on the event loop it would wait for ---
 
     def _read(self) -> None:
@@ -168,33 +184,13 @@ class Partial:
         for chunk in self._held[self._read_pieces :]:
             self._verifier.feed(chunk)
             self._sha256.update(chunk)
-            if self._md5 and self._verifier.checks_every_byte:
-                self._md5 = None
             if self._md5:
                 self._md5.update(chunk)
             self._read_pieces += 1
 
-    def _spill(self) -> None:
-        """Verifies what is in memory and writes it to the file."""
-        self._read()
-        with disk_errors("write", self.path), _vanishing(self.path):
-            if not self._written_bytes:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_APPEND if self._written_bytes else os.O_CREAT | os.O_TRUNC
-            with _opened(self.path, flags) as file:
-                if os.lseek(file, 0, os.SEEK_END) != self._written_bytes:
-                    raise OutputCorrupt(f"{self.path} was changed from outside", reason="vanished")
-                for chunk in self._held:
-                    _write(file, chunk)
-        self._written_bytes += self._held_bytes
-        self._held.clear()
-        self._held_bytes = self._read_pieces = 0
-
     def _store(self) -> None:
         """Makes the whole file durable at `path`."""
-        if self._held and self._written_bytes:
-            self._spill()
-        if not self._held:
+        if self._written_bytes:
             with _opened(self.path, 0) as file:
                 os.fsync(file)
             return
@@ -261,9 +257,9 @@ async def receive(fetch: Fetch, output: Output, partial: Partial, *, max_bytes: 
                 _check_limit(partial.offset_bytes + len(chunk), max_bytes)
                 partial._take(chunk)
                 if partial._held_bytes >= GATHER_BYTES:
-                    # Shielded: after a cancellation it must be known what is in the file, to go on with it.
-                    with anyio.CancelScope(shield=True):
-                        await anyio.to_thread.run_sync(partial._spill)
+                    await partial._spill()
+        if partial._written_bytes and partial._held:
+            await partial._spill()
     except _RESUMABLE:
         raise
     except BatchrunError:

@@ -54,11 +54,9 @@ class Verifier:
     `empty`, `html`, `not-an-image`, `truncated`, `structure` or `crc`.
     """
 
-    __slots__ = ("_facts", "_parser", "_rest", "_want", "checks_every_byte")
+    __slots__ = ("_facts", "_parser", "_rest", "_want")
 
     def __init__(self) -> None:
-        #: Whether the format has checksums over all its bytes: another hash would tell nothing more.
-        self.checks_every_byte = False
         self._parser: Parser | None = None
         self._want: Want = (_HEAD_BYTES, _HEAD_BYTES)
         #: Bytes arrived that the parser cannot use yet.
@@ -81,7 +79,6 @@ class Verifier:
                 self._rest = data
                 return
             format_ = _identify(data[:_HEAD_BYTES])
-            self.checks_every_byte = format_ is _png
             self._parser = format_()
             self._want = next(self._parser)
         at = self._run(self._parser, memoryview(data))
