@@ -228,6 +228,8 @@ class Dispatcher:
                 self._submitter.learn_newest(newest)
         except errors.CredentialsRefused as error:
             self.stop(str(error))
+        except errors.NotSent:
+            pass  # nor is a submit, and the gate then waits for the service and says so
         finally:
             self._submitter.may_begin.set()
 

@@ -105,10 +105,13 @@ class Doubts:
         return case.answer
 
     async def newest_task(self) -> int | None:
-        """The newest task id the service lists, 0 when it lists none; None when it cannot be told."""
+        """The newest task id the service lists, 0 when it lists none; None when it cannot be told.
+
+        Raises CredentialsRefused, and NotSent when nobody was there to be asked.
+        """
         try:
             tasks = await self._client.list_tasks(start=0, limit=1)
-        except errors.CredentialsRefused:
+        except (errors.CredentialsRefused, errors.NotSent):
             raise
         except errors.ServiceError:
             return None
