@@ -48,7 +48,7 @@ bench: $(READY)  ## measure what batchrun costs and how well it uses its time; d
 	@$(BIN)/python -c 'import matplotlib, uvloop' 2>/dev/null \
 	  || $(BIN)/pip install --quiet --disable-pip-version-check uvloop $$($(BIN)/python -c '$(GROUP)' bench)
 	$(BIN)/python -m bench
-	$(BIN)/python -m bench.plots
+	$(BIN)/python -m bench.report
 
 fuzz: $(READY)  ## fuzz every parser for FUZZ_SECONDS each (60), guided by coverage
 	@$(BIN)/python -c 'import atheris' 2>/dev/null \
