@@ -348,10 +348,9 @@ class Gate:
 
     def trouble(self, reason: str, *, probe: bool, is_outage: bool) -> None:
         """A submit met a broken connection or a faulty answer; it may be the row's own (rules.outage)."""
-        if self.reason is not None or is_outage:
+        if probe or (self.reason is None and is_outage):
             self.shut(reason, probe=probe)
-        else:
-            self.unsure(probe=probe)
+        # what was sent before it shut and comes to its end now tells nothing new
 
     def unsure(self, *, probe: bool) -> None:
         """The caller's submit said nothing about the service's health; somebody else tries."""

@@ -152,6 +152,7 @@ class Submitter:
         """Record the intent, send, record the answer."""
         asked_for = _print_of(body)
         self._under_way[asked_for] += 1
+        answered = self.health.answered
         try:
             row = await self._store.record_intent(
                 Intent(row.seq, time.time(), self._service.server_now(), self._newest_task, reserved_usd)
@@ -165,7 +166,7 @@ class Submitter:
             with anyio.CancelScope(shield=True):  # what was answered is recorded, whatever else happens
                 after = await self._store.record_accepted(row.seq, accepted, at=time.time())
         except errors.ServiceError as error:
-            return await self._refused(row, slot, error, probe=probe)
+            return await self._refused(row, slot, error, sent_after=answered, probe=probe)
         except BaseException:
             self._gate.unsure(probe=probe)
             raise
@@ -186,7 +187,9 @@ class Submitter:
             self.learn_newest(int(accepted.task_id))
         self._progress.announce(Fact.IN_FLIGHT, row, task=accepted.task_id)
 
-    async def _refused(self, row: Row, slot: Slot, error: errors.ServiceError, *, probe: bool) -> Row | None:
+    async def _refused(
+        self, row: Row, slot: Slot, error: errors.ServiceError, *, sent_after: int, probe: bool
+    ) -> Row | None:
         """Do what the policy says after a submit that was not accepted."""
         now = anyio.current_time()
         tries, since = self._refusals.get(row.seq, (0, now))
@@ -198,7 +201,7 @@ class Submitter:
         is_unsound = isinstance(decision, Doubt) or decision == Pause(UNREACHABLE)
         own_times = 0
         if is_unsound:
-            own_times = self.health.trouble(row.seq, at=now)
+            own_times = self.health.trouble(row.seq, at=now, sent_after=sent_after)
             self._gate.trouble(UNREACHABLE, probe=probe, is_outage=self.health.is_outage)
         else:
             self.health.sound(row.seq)

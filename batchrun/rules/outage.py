@@ -42,9 +42,19 @@ class Health:
         self._sound += 1
         self._rows.pop(row, None)
 
-    def trouble(self, row: int, *, at: float) -> int:
-        """The row's submit was not, `at` seconds of some clock; how often that was the row's own trouble."""
-        self.in_a_row += 1
+    @property
+    def answered(self) -> int:
+        """How many submits were answered as they should be."""
+        return self._sound
+
+    def trouble(self, row: int, *, at: float, sent_after: int | None = None) -> int:
+        """The row's submit was not, `at` seconds of some clock; how often that was the row's own trouble.
+
+        `sent_after` is what `answered` was when it was sent: an answer since then shows that the service was
+        well again. None: it has just been sent.
+        """
+        if sent_after is None or sent_after == self._sound:
+            self.in_a_row += 1
         known = self._rows.get(row)
         if known is None:
             known = self._rows[row] = _Trouble(at, 1, self._sound)

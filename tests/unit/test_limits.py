@@ -578,3 +578,22 @@ async def test_a_gate_opened_and_shut_again_has_one_waiting_probe_and_a_short_pa
         await anyio.sleep(1000)
         assert passing.probes == len(passing.passed) == 1
         assert passing.passed[0][0] - begun_at <= 1.3
+
+
+@virtual_time
+async def test_late_troubles_of_submits_sent_before_do_not_keep_the_gate_shut() -> None:
+    gate = gate_of()
+    gate.trouble(UNREACHABLE, probe=False, is_outage=True)
+    for _ in range(20):
+        await anyio.sleep(0.9)
+        gate.trouble(UNREACHABLE, probe=False, is_outage=True)
+        if await asked(gate):
+            return
+    raise AssertionError("nobody may ever try")
+
+
+async def asked(gate: Gate) -> bool:
+    """Whether the gate lets somebody try now."""
+    with anyio.move_on_after(0.01):
+        return await gate.pass_through()
+    return False

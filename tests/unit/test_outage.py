@@ -58,3 +58,15 @@ def test_in_an_outage_however_long_no_row_is_bad(rows: list[int]) -> None:
     for at, row in enumerate(rows):
         assert health.trouble(row, at=at) == 1
         assert not any(health.is_bad(each, at=LATE + at) for each in range(6))
+
+
+def test_submits_sent_before_the_last_sound_answer_make_no_outage() -> None:
+    health = Health()
+    sent_after = health.answered
+    health.sound(0)
+    for row in range(1, 3 * OUTAGE):
+        health.trouble(row, at=1.0, sent_after=sent_after)
+    assert not health.is_outage
+    for row in range(OUTAGE):
+        health.trouble(100 + row, at=2.0, sent_after=health.answered)
+    assert health.is_outage
