@@ -31,7 +31,7 @@ def test_as_json_it_counts_every_state(here: Here) -> None:
 
 def test_in_words_it_groups_failures_and_names_the_command(here: Here) -> None:
     with simulator("--fault", "run-validation*2") as wiro:
-        Here(here.folder, wiro).run(here.rows(3))
+        Here(here.folder, wiro).run(here.rows(3), "--concurrency", "1")  # refused in their order
     said = here.batchrun("status", "runs/p").stdout
     assert said.startswith("runs/p: no runner is at work\nfrom    p.csv\nrows    3: 1 done, 2 failed\n")
     assert "  2 rows failed: rejected (first in line 2): " in said
