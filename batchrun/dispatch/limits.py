@@ -348,9 +348,11 @@ class Gate:
 
     def trouble(self, reason: str, *, probe: bool, is_outage: bool) -> None:
         """A submit met a broken connection or a faulty answer; it may be the row's own (rules.outage)."""
-        if probe or (self.reason is None and is_outage):
+        is_news = probe or self.reason is None  # what was sent before it shut tells nothing new
+        if is_news and (is_outage or self.reason == reason):
             self.shut(reason, probe=probe)
-        # what was sent before it shut and comes to its end now tells nothing new
+        elif probe:  # the wait was for something else: this may be the row's own trouble
+            self.unsure(probe=True)
 
     def unsure(self, *, probe: bool) -> None:
         """The caller's submit said nothing about the service's health; somebody else tries."""

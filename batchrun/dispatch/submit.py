@@ -7,10 +7,10 @@ task is never sent again to be safe: it is looked up.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import cached_property
 from hashlib import sha256
 from random import Random
 from typing import Protocol
@@ -99,8 +99,8 @@ class Submitter:
         self._usual_time_s = usual_time_s
         self._give_up_doubt = give_up_doubt
         self._rng = rng
-        #: Submits under way, by what they ask for.
-        self._under_way: Counter[bytes] = Counter()
+        #: What submits under way ask for, by row.
+        self._under_way: dict[int, _Asked] = {}
         #: When a doubtful submit of this process can last have been running, in monotonic seconds.
         self._lost_at: dict[int, float] = {}
         self.health = Health()
@@ -150,8 +150,7 @@ class Submitter:
         probe: bool,
     ) -> Row | None:
         """Record the intent, send, record the answer."""
-        asked_for = _print_of(body)
-        self._under_way[asked_for] += 1
+        self._under_way[row.seq] = _Asked(body)
         answered = self.health.answered
         try:
             row = await self._store.record_intent(
@@ -171,7 +170,7 @@ class Submitter:
             self._gate.unsure(probe=probe)
             raise
         finally:
-            self._under_way[asked_for] -= 1
+            del self._under_way[row.seq]
         if after.state is State.IN_DOUBT:  # another row's look-up was answered with our task
             self._lost_at[row.seq] = anyio.current_time()
         self._accepted(row, accepted)
@@ -323,6 +322,7 @@ class Submitter:
             await anyio.sleep(max(0.0, (2 * usual_s if usual_s is not None else UNKNOWN_TIME_S) - age_s))
             slot.give()
 
+        asked = _Asked(body)
         answer: Adopt | Absent | Hold | errors.CredentialsRefused
         async with anyio.create_task_group() as group:
             group.start_soon(give_in_time)
@@ -330,7 +330,7 @@ class Submitter:
                 answer = await self._doubts.settle(
                     _lost_submit(row, body, binder),
                     lost_at=self._lost_at.get(row.seq, anyio.current_time()),
-                    busy=lambda: self._under_way[_print_of(body)] > 0,
+                    busy=lambda: self._is_under_way(asked),
                 )
             except errors.CredentialsRefused as error:
                 answer = error  # raised below: here it would come out as a group
@@ -338,6 +338,10 @@ class Submitter:
         if isinstance(answer, errors.CredentialsRefused):
             raise answer
         return answer
+
+    def _is_under_way(self, asked: _Asked) -> bool:
+        """Whether a submit is under way that a listing might not tell from this one."""
+        return any(other.print == asked.print for other in self._under_way.values())
 
 
 def _lost_submit(row: Row, body: Mapping[str, Value], binder: Binder) -> LostSubmit:
@@ -353,7 +357,14 @@ def _lost_submit(row: Row, body: Mapping[str, Value], binder: Binder) -> LostSub
     )
 
 
-def _print_of(body: Mapping[str, Value]) -> bytes:
-    """The same for bodies that a listing might not tell apart."""
-    values = {name: print_of_value(value) for name, value in body.items()}
-    return sha256(dumps(values).encode("utf-8", "surrogatepass")).digest()
+@dataclass(eq=False)
+class _Asked:
+    """What a submit asks for."""
+
+    body: Mapping[str, Value]
+
+    @cached_property  # only doubts ask for it
+    def print(self) -> bytes:
+        """The same for bodies that a listing might not tell apart."""
+        values = {name: print_of_value(value) for name, value in self.body.items()}
+        return sha256(dumps(values).encode("utf-8", "surrogatepass")).digest()

@@ -450,6 +450,23 @@ async def test_trouble_that_may_be_a_row_s_own_shuts_nothing_and_an_outage_does(
 
 
 @virtual_time
+async def test_trouble_of_a_probe_after_a_wait_for_something_else_is_no_outage_yet() -> None:
+    for other in (RATE_LIMITED, BALANCE):
+        gate = gate_of()
+        gate.shut(other, probe=False, after_s=1.0)
+        assert await gate.pass_through()
+        async with callers(gate, 3) as passing:
+            gate.trouble(UNREACHABLE, probe=True, is_outage=False)
+            await anyio.sleep(0.001)
+            assert gate.reason == other
+            assert passing.probes == len(passing.passed) == 1  # the next one tries at once
+            gate.trouble(UNREACHABLE, probe=True, is_outage=True)
+            assert gate.reason == UNREACHABLE
+            await anyio.sleep(0.5)
+            assert len(passing.passed) == 1
+
+
+@virtual_time
 async def test_one_at_a_time_tries_while_the_others_wait_and_all_follow_when_it_succeeds() -> None:
     gate = gate_of()
     gate.shut(UNREACHABLE, probe=False)
