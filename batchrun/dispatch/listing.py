@@ -86,12 +86,8 @@ class Listing:
             await self._rebuild()
         while settled := await self._store.settled_after(self._mark["settled"], limit=PAGE):
             await self._know_tools(settled)
-            metadata = [record for item in settled for record in self._images(item)]
-            is_true = not self._kinds.learn(metadata)
+            is_true = await anyio.to_thread.run_sync(self._append, settled)
             if is_true:
-                await anyio.to_thread.run_sync(
-                    self._append, metadata, [self._result(item) for item in settled]
-                )
                 before, self._mark = self._mark, self._reached(settled[-1].number)
                 is_true = await self._store.set_listing_mark(self._mark, instead_of=before)
             if not is_true:
@@ -101,11 +97,16 @@ class Listing:
     def _are_intact(self) -> bool:
         return self._metadata.is_intact and self._results.is_intact
 
-    def _append(self, metadata: list[Record], results: list[Record]) -> None:
+    def _append(self, settled: list[Settled]) -> bool:
+        """Add the lines of these rows; False, and none is added, when they make lines above untrue."""
+        metadata = [record for item in settled for record in self._images(item)]
+        if self._kinds.learn(metadata):
+            return False
         if metadata:
             self._metadata.append([self._kinds.fit(record) for record in metadata])
-        self._results.append(results)
+        self._results.append([self._result(item) for item in settled])
         self._sync()  # before the state knows of them: a power cut may tear what is not synced
+        return True
 
     def _reached(self, settled: int) -> dict[str, Any]:
         mark = {

@@ -25,7 +25,7 @@ from batchrun.outputs.save import Fetch, Partial, Saved, adopt, publish, receive
 from batchrun.outputs.verify import EXTENSIONS, ImageFacts
 from batchrun.progress import Fact, Progress
 from batchrun.rules.naming import image_base, image_path, partial_path
-from batchrun.rules.policy import Fail, Troubles, after_download, are_gone
+from batchrun.rules.policy import Fail, Troubles, after_download, are_gone, silence_s
 from batchrun.store.store import Store
 
 #: Downloads begin only while this much of the disk is free beside what they declare.
@@ -201,7 +201,7 @@ class Saver:
         """The image under its final name; Unsaved when it cannot be had, or cannot be put there."""
         partial = Partial(self._folder / partial_path(row.seq, row.name, output.index))
         met = Troubles()
-        missing_since, looks = 0.0, 0
+        missing_since, looks, lost = 0.0, 0, 0
         accept: str | None = None
 
         def place(facts: ImageFacts) -> Path:
@@ -212,7 +212,13 @@ class Saver:
                 async with self._in_hand:
                     async with self._limiter:
                         self._check_disk(output)
-                        await receive(self._source.fetch, output, partial, max_bytes=self._max_image_bytes)
+                        await receive(
+                            self._source.fetch,
+                            output,
+                            partial,
+                            max_bytes=self._max_image_bytes,
+                            silence_s=silence_s(lost),
+                        )
                     self._progress.announce(Fact.DOWNLOADED, row, index=output.index)
                     return await publish(
                         partial, output, place, limiter=self._publishing, accept_sha256=accept
@@ -222,6 +228,7 @@ class Saver:
                     partial.discard()  # on a full disk its room is needed
                 raise
             except (errors.ServiceError, errors.OutputError) as error:
+                lost += isinstance(error, errors.ReplyLost)
                 troubles, elapsed_s = met.add(error, now=anyio.current_time())
                 next_ = after_download(error, troubles=troubles, elapsed_s=elapsed_s, rng=self._rng)
                 self._progress.announce(Fact.NOTE, row, message=f"image {output.index}: {error}")

@@ -16,6 +16,7 @@ the record of it, `adopt` takes in.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -76,13 +77,13 @@ class Download(Protocol):
 
 
 class Fetch(Protocol):
-    """Opens a GET, with `start` above 0 for that Range, If-Range `etag`.
+    """Opens a GET, with `start` above 0 for that Range, If-Range `etag`; `silence_s`: see `receive`.
 
     Raises ServiceError or OutputGone.
     """
 
     def __call__(
-        self, url: str, *, start: int, etag: str | None
+        self, url: str, *, start: int, etag: str | None, silence_s: float
     ) -> AbstractAsyncContextManager[Download]: ...
 
 
@@ -235,8 +236,12 @@ class Partial:
 _RESUMABLE = (NotSent, ReplyLost, ServerFault, RateLimited)
 
 
-async def receive(fetch: Fetch, output: Output, partial: Partial, *, max_bytes: int) -> None:
+async def receive(
+    fetch: Fetch, output: Output, partial: Partial, *, max_bytes: int, silence_s: float = math.inf
+) -> None:
     """Fetches an output once: all its bytes are in `partial` then, to be published.
+
+    A server that says nothing for `silence_s` seconds is not waited for any longer: ReplyLost.
 
     Raises what `fetch` raises (after ReplyLost the partial stays for the next attempt), OutputCorrupt (fetch
     again; its reason a word of Verifier, `range` or `vanished`), OutputError (larger than `max_bytes`, or
@@ -249,7 +254,8 @@ async def receive(fetch: Fetch, output: Output, partial: Partial, *, max_bytes: 
         partial.url = output.url
     try:
         asked = partial.resumes_at
-        async with fetch(output.url, start=asked, etag=partial.etag if asked else None) as reply:
+        etag = partial.etag if asked else None
+        async with fetch(output.url, start=asked, etag=etag, silence_s=silence_s) as reply:
             partial._meet(reply, asked=asked)
             partial._declared_types = (output.content_type, reply.content_type)
             _check_limit(partial.total_bytes or 0, max_bytes)

@@ -273,6 +273,10 @@ GONE_PATIENCE_S = 120.0
 MAX_DAMAGED = 5
 
 
+#: At first, and at most.
+SILENCE_S = (5.0, 60.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Refetch:
     """Fetch again; `refresh` asks the service for a new address first."""
@@ -281,6 +285,15 @@ class Refetch:
     refresh: bool = False
     #: These bytes came twice: they are what the service has.
     accept_sha256: str | None = None
+
+
+def silence_s(lost: int) -> float:
+    """How long a server that falls silent in the middle of an image is waited for, in seconds.
+
+    Meanwhile it holds up others, and the rest can be asked for anew; a slow one gets more time after each of
+    the `lost` answers.
+    """
+    return min(SILENCE_S[0] * 2.0 ** min(lost, 16), SILENCE_S[1])
 
 
 def after_download(

@@ -65,7 +65,8 @@ def move(
     rests = after in TERMINAL
     records = connection.execute(
         "UPDATE rows SET state = ?, cause = ?, message = ?, settled = ?, attempts = attempts + ?, "
-        "lease = CASE WHEN ? OR (? AND NOT present) THEN NULL ELSE lease END "
+        "lease = CASE WHEN ? OR (? AND NOT present) THEN NULL ELSE lease END, "
+        "kept = CASE WHEN ? THEN NULL ELSE kept END "
         f"WHERE seq = ? AND lease = ? AND state = ? RETURNING {ROW_COLUMNS}, present",
         (
             after,
@@ -75,6 +76,7 @@ def move(
             attempts,
             rests,
             after is State.PLANNED,
+            after is State.DONE,
             seq,
             lease,
             before,

@@ -15,11 +15,10 @@ from batchrun.rules.budget import Bills, Budget
 from batchrun.rules.naming import ROWS_PER_FOLDER, image_folder
 from batchrun.rules.policy import PAID_CAUSES
 from batchrun.store.records import (
-    ATTEMPT_COLUMNS,
     OUTPUT_COLUMNS,
+    ROW_COLUMNS,
     cells_given,
-    load_row,
-    read_attempt,
+    complete_all,
     read_output,
 )
 
@@ -110,20 +109,15 @@ def read_failures(connection: sqlite3.Connection, limit: int) -> list[tuple[Stat
 
 def read_settled(connection: sqlite3.Connection, after: int, *, limit: int) -> list[Settled]:
     """Rows of the present manifest settled after that number, in order of settling."""
-    records = connection.execute(
-        "SELECT seq, settled FROM rows WHERE settled > ? AND present = 1 ORDER BY settled LIMIT ?",
+    numbers, records = [], []
+    for number, *record in connection.execute(
+        f"SELECT settled, {ROW_COLUMNS} FROM rows WHERE settled > ? AND present = 1 ORDER BY settled LIMIT ?",
         (after, limit),
-    ).fetchall()
-    return [Settled(number, load_row(connection, seq), _tasks_of(connection, seq)) for seq, number in records]
-
-
-def _tasks_of(connection: sqlite3.Connection, seq: int) -> tuple[Attempt, ...]:
-    records = connection.execute(
-        f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE row = ? AND task_id IS NOT NULL "
-        "ORDER BY generation, number",
-        (seq,),
-    )
-    return tuple(read_attempt(record) for record in records)
+    ):
+        numbers.append(number)
+        records.append(tuple(record))
+    rows = complete_all(connection, records)
+    return [Settled(number, row, attempts) for number, (row, attempts) in zip(numbers, rows, strict=True)]
 
 
 def read_rejected(connection: sqlite3.Connection, *, after_seq: int, limit: int) -> list[Rejected]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Collection, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -125,6 +126,30 @@ def load_row(connection: sqlite3.Connection, seq: int) -> Row:
     if record is None:
         raise KeyError(seq)
     return complete(connection, record)
+
+
+def complete_all(
+    connection: sqlite3.Connection, records: Sequence[tuple[Any, ...]]
+) -> Iterator[tuple[Row, tuple[Attempt, ...]]]:
+    """The rows of a page of records of ROW_COLUMNS, each with its attempts that made a task, oldest first.
+
+    As `complete`, but with two questions for the whole page.
+    """
+    page = f"WHERE row IN ({', '.join(str(int(record[0])) for record in records)})"
+    attempts, outputs = defaultdict(list), defaultdict(list)
+    for seq, generation, *attempt in connection.execute(
+        f"SELECT row, generation, {ATTEMPT_COLUMNS} FROM attempts {page} ORDER BY row, generation, number"
+    ):
+        attempts[seq].append((generation, read_attempt(tuple(attempt))))
+    for seq, generation, *output in connection.execute(
+        f"SELECT row, generation, {OUTPUT_COLUMNS} FROM outputs {page} ORDER BY row, generation, number"
+    ):
+        outputs[seq, generation].append(read_output(tuple(output)))
+    for record in records:
+        seq, generation = record[0], record[11]
+        present = [attempt for of, attempt in attempts[seq] if of == generation]
+        row = read_row(record, present[-1] if present else None, outputs[seq, generation])
+        yield row, tuple(attempt for _, attempt in attempts[seq] if attempt.task_id is not None)
 
 
 def complete(

@@ -38,6 +38,7 @@ from batchrun.store.records import (
     OUTPUT_COLUMNS,
     ROW_COLUMNS,
     complete,
+    complete_all,
     dumps,
     load_row,
     read_output,
@@ -226,7 +227,7 @@ class Store:
                 f"ORDER BY seq LIMIT ?) RETURNING {ROW_COLUMNS}",
                 (self.lease, limit),
             ).fetchall()
-            return [complete(connection, record) for record in sorted(claimed)]
+            return [row for row, _ in complete_all(connection, sorted(claimed))]
 
         return await self._write(verb)
 
@@ -451,7 +452,6 @@ class Store:
                 f"AND generation = (SELECT generation FROM rows WHERE seq = ?) RETURNING {OUTPUT_COLUMNS}",
                 (seq, seq),
             ).fetchall()
-            connection.execute("UPDATE rows SET kept = NULL WHERE seq = ? AND kept IS NOT NULL", (seq,))
             outputs = tuple(sorted(map(read_output, saved), key=lambda output: output.index))
             row = complete(connection, record, outputs=outputs)
             if row.present:

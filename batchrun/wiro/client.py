@@ -14,6 +14,7 @@ can lie about it.
 from __future__ import annotations
 
 import json
+import math
 import mimetypes
 import os
 import socket
@@ -79,8 +80,8 @@ class Deadlines:
     submit_s: float = 60.0
     #: Any other call.
     call_s: float = 15.0
-    #: Between two pieces of a file.
-    silence_s: float = 30.0
+    #: Between two pieces of a file, unless the caller waits for less.
+    silence_s: float = 60.0
     #: A whole file; a slow one goes on with Range.
     fetch_s: float = 900.0
 
@@ -212,18 +213,25 @@ class Wiro:
 
     @asynccontextmanager
     async def fetch(
-        self, url: str, *, start: int = 0, etag: str | None = None, max_redirects: int = 5
+        self,
+        url: str,
+        *,
+        start: int = 0,
+        etag: str | None = None,
+        silence_s: float = math.inf,
+        max_redirects: int = 5,
     ) -> AsyncIterator[Download]:
         """A file from its public address, from byte `start` on where that is proven to be the same file.
 
         `start` counts only together with the strong `etag` of the first part; look at `Download.start` for
         what came of it. Bytes are as stored, never decoded. Raises OutputGone, RateLimited, ServerFault,
-        NotSent, ReplyLost, and ProtocolError for an address that must not be followed or an answer that makes
-        no sense.
+        NotSent, ReplyLost (also when the server falls silent for `silence_s` seconds), and ProtocolError for
+        an address that must not be followed or an answer that makes no sense.
         """
         address = _address(url)
         asked = start if etag is not None and _is_strong(etag) else 0
-        response, begin = await self._open(address, asked, etag or "", max_redirects)
+        silence_s = min(silence_s, self._deadlines.silence_s)
+        response, begin = await self._open(address, asked, etag or "", silence_s, max_redirects)
         try:
             yield _download(response, begin)
         finally:
@@ -282,12 +290,12 @@ class Wiro:
         return _Answer(response.status, self._concealed(answer), wait_s)
 
     async def _open(
-        self, address: URL, asked: int, etag: str, max_redirects: int
+        self, address: URL, asked: int, etag: str, silence_s: float, max_redirects: int
     ) -> tuple[aiohttp.ClientResponse, int]:
         """The first answer that brings bytes, and where in the file they begin."""
         redirects = 0
         while True:
-            response = await self._get(address, asked, etag)
+            response = await self._get(address, asked, etag, silence_s)
             try:
                 if response.status in _REDIRECTS:
                     redirects += 1
@@ -306,12 +314,12 @@ class Wiro:
                 raise
             response.close()
 
-    async def _get(self, address: URL, asked: int, etag: str) -> aiohttp.ClientResponse:
+    async def _get(self, address: URL, asked: int, etag: str, silence_s: float) -> aiohttp.ClientResponse:
         headers = {"Range": f"bytes={asked}-", "If-Range": etag} if asked else {}
         timeout = aiohttp.ClientTimeout(
             total=self._deadlines.fetch_s,
             connect=self._deadlines.connect_s,
-            sock_read=self._deadlines.silence_s,
+            sock_read=silence_s,
         )
         with translated(address.host or ""):
             return await self._files.get(address, headers=headers, timeout=timeout, allow_redirects=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -191,6 +192,13 @@ async def test_what_came_before_a_break_is_kept_and_the_break_is_told(end: str) 
         with pytest.raises(ReplyLost):
             await take(download.chunks)
     assert pieces == CONTENT[:1000]
+
+
+async def test_a_silence_is_waited_out_as_long_as_the_caller_says() -> None:
+    async with fetching(raw.silence, Deadlines(silence_s=math.inf)) as (wiro, server):
+        with pytest.raises(ReplyLost):
+            async with wiro.fetch(server.origin + PATH, silence_s=0.2):
+                pass
 
 
 async def test_a_drip_is_cut_by_the_total_deadline() -> None:

@@ -61,7 +61,9 @@ class Cdn:
     asked: list[tuple[int, str | None]] = field(default_factory=list)
 
     @asynccontextmanager
-    async def fetch(self, url: str, *, start: int, etag: str | None) -> AsyncIterator[Reply]:
+    async def fetch(
+        self, url: str, *, start: int, etag: str | None, silence_s: float = 60.0
+    ) -> AsyncIterator[Reply]:
         self.asked.append((start, etag))
         if not self.ranges or etag != self.etag:
             start = 0
@@ -149,7 +151,7 @@ async def test_a_body_shorter_than_its_length_is_refused_even_if_it_is_a_whole_i
     cdn = Cdn(SMALL + b"trailing")
 
     @asynccontextmanager
-    async def fetch(url, *, start, etag):
+    async def fetch(url, *, start, etag, **_):
         async with cdn.fetch(url, start=start, etag=etag) as reply:
             yield replace(reply, total_bytes=len(SMALL) + 100)
 
@@ -259,7 +261,7 @@ async def test_the_rest_of_another_file_is_not_added_and_the_next_attempt_begins
     cdn = Cdn(LARGE, breaks_after=1000)
 
     @asynccontextmanager
-    async def lying(url, *, start, etag):
+    async def lying(url, *, start, etag, **_):
         async with cdn.fetch(url, start=start, etag=etag) as reply:
             yield replace(reply, **lie)
 
@@ -276,7 +278,7 @@ async def test_any_other_refusal_of_the_rest_makes_the_next_attempt_begin_again(
     cdn = Cdn(LARGE, breaks_after=1000)
 
     @asynccontextmanager
-    async def gone(url, *, start, etag):
+    async def gone(url, *, start, etag, **_):
         raise OutputGone("gone", status=404)
         yield
 

@@ -234,8 +234,10 @@ class Soak:
     def _fill(self) -> None:
         """Leave no room on the run's file system."""
         with self._ballast.open("wb") as file:
-            free = shutil.disk_usage(self.out).free
-            os.posix_fallocate(file.fileno(), 0, max(1, free - 64 * 1024))
+            while self._ballast.stat().st_size == 0:
+                free = shutil.disk_usage(self.out).free
+                with suppress(OSError):  # the run has just taken some of it
+                    os.posix_fallocate(file.fileno(), 0, max(1, free - 64 * 1024))
 
     def _command(self) -> list[str]:
         return [

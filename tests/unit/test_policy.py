@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from decimal import Decimal
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -39,6 +40,7 @@ from batchrun.rules.policy import (
     judge,
     may_try_again,
     requeue_step,
+    silence_s,
 )
 
 # --- a submit -----------------------------------------------------------------------------------------
@@ -259,6 +261,14 @@ def test_trouble_with_a_download_is_waited_out(error: errors.BatchrunError) -> N
     decision = after_download(error, troubles=2, elapsed_s=10.0, rng=Random(0))
     assert isinstance(decision, Refetch)
     assert 0 <= decision.after_s <= 30
+
+
+def test_a_server_that_falls_silent_is_given_more_time_after_each_lost_answer_up_to_a_minute() -> None:
+    waits = [silence_s(lost) for lost in range(2000)]
+    assert waits[0] == 5.0
+    assert waits == sorted(waits)
+    assert set(waits[6:]) == {60.0}
+    assert all(later == min(60.0, 2 * sooner) for sooner, later in pairwise(waits))
 
 
 def test_a_server_that_asks_to_wait_is_waited_for_however_long_it_has_been() -> None:
