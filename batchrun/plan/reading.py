@@ -398,7 +398,8 @@ class Reading:
         self._planning.stage([staged])
 
     def _given(self, row: SourceRow, parameter: str) -> Cell:
-        return row.cells.get(self._column(parameter))
+        column = self._column(parameter)
+        return row.cells.get(column) if parameter in self._meant_by(column) else None
 
     def _refuse(self, row: SourceRow, id_: str | None, column: str, message: str) -> None:
         """The whole row is wrong."""

@@ -113,6 +113,13 @@ def read(job: Job, path: Path, *, one_by_one: bool) -> tuple[Any, ...]:
     extra="error",
 )
 @example(text='prompt,steps\n"x","20"\n"x","20"\n', tool=TOOLS[0], set_values={}, names={}, extra="error")
+@example(
+    text='prompt,steps\n"a cat",""\n',
+    tool=TOOLS[0],
+    set_values={"prompt": "é"},
+    names={"negativePrompt": "prompt"},
+    extra="error",
+)
 def test_rows_bound_together_are_what_each_is_by_itself(text, tool, set_values, names, extra):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "list.csv"
