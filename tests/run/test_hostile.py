@@ -30,7 +30,7 @@ from batchrun.settings import Credentials
 from batchrun.simulator.server import Simulator
 from tests.client.raw import Request, answer, serving
 from tests.support.command import COMMAND, TOOL, Here
-from tests.support.hostile import VALUES, encoded, nested
+from tests.support.hostile import DEEP, VALUES, encoded, nested
 from tests.support.runs import check_complete, images_of, job_of, lines_of, run_job, write_rows
 
 #: What is sent in the place of an answer, made of the true one; None: an answer without an end.
@@ -181,7 +181,7 @@ async def test_wrong_types_in_every_other_field_of_a_task_change_nothing(tmp_pat
     def spoil(point: str, asked: int, _: dict[str, Any]) -> Spoil | None:
         def nonsense(true: dict[str, Any]) -> bytes:
             # what is nested too deep spoils the whole answer, not a field
-            values = iter([value for value in (*VALUES, *VALUES) if value != nested(900)][asked % 30 :])
+            values = iter([value for value in (*VALUES, *VALUES) if value is not DEEP][asked % 30 :])
             for task in true["tasklist"]:
                 for name in set(task) - DECISIVE:
                     task[name] = next(values, None)

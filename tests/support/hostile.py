@@ -55,12 +55,14 @@ def nested(depth: int) -> Any:
     return value
 
 
+#: Deeper than is read, and not too deep to be copied.
+DEEP = nested(200)
 #: What no field has a reason to hold.
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, -0.5, 1.5, 10**18, 10**40, float("nan"), float("inf"), Decimal("1e999999999"),
     "", " ", "0", "-3", "NaN", "1e400", "../../x", "/etc/passwd", "a\0b", "\ud800", "\u202e\x1b[31m",
     "x" * 100_000, "[" * 5000, '{"a":', "null", "\uff15", [], {}, [[]], [None], [{}], {"id": "7"},
-    {"": ""}, nested(200), ["x"] * 2000,
+    {"": ""}, DEEP, ["x"] * 2000,
 )  # fmt: skip
 
 Place = tuple[str | int, ...]
