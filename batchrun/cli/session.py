@@ -42,8 +42,6 @@ T = TypeVar("T")
 LEAVE_S = 10.0
 #: The code of a start that was stopped early.
 EXIT_STOPPED = 3
-#: So many objects more than before are looked through for garbage; rows leave hardly any behind.
-GARBAGE = 10_000
 
 Opening = Callable[[Runner], Iterator[Line]]
 
@@ -182,8 +180,7 @@ def stored_job(folder: Path) -> Job:
 
 def run_async(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run `main` to its end in an event loop of its own: uvloop's where there is one."""
-    gc.freeze()  # modules stay: going through them over and over for garbage was a twentieth of a row's cost
-    gc.set_threshold(GARBAGE)
+    gc.freeze()  # modules stay: there is no need to look through them for garbage again and again
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         return runner.run(main())
 
