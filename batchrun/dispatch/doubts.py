@@ -7,11 +7,13 @@ doubt, and read again until each doubt is settled or cannot be.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import anyio
+import anyio.lowlevel
 
 from batchrun import errors
 from batchrun.model import Task
@@ -24,14 +26,15 @@ from batchrun.rules.recovery import (
     Hold,
     Listing,
     LookAgain,
-    is_older,
     settle_doubt,
     task_number,
 )
 
 PAGE = 100
-#: The listing is read back this many pages at most.
-MAX_PAGES = 50
+#: The listing is read back this many pages at most: a night's tasks.
+MAX_PAGES = 500
+#: Doubts held against a listing before others on the event loop get their turn.
+AT_ONCE = 50
 #: Between two readings of the listing.
 BETWEEN_S = 2.0
 #: Before a page that failed is asked for again.
@@ -132,8 +135,11 @@ class Doubts:
     async def _round(self, cases: list[_Case]) -> float:
         """One reading of the listing, held against every case; returns the seconds until the next."""
         begun_at = anyio.current_time()
+        wait_s = BETWEEN_S
         try:
-            listing = await self._read(cases, begun_at)
+            async with aclosing(self._read(cases, begun_at)) as readings:
+                async for listing, told in readings:
+                    wait_s = min(wait_s, await self._weigh(listing, told))
         except errors.CredentialsRefused as error:
             for case in cases:
                 self._answer(case, error)
@@ -143,34 +149,51 @@ class Doubts:
             asked_s = getattr(error, "retry_after_s", None) or 0.0
             return min(max(BETWEEN_S, asked_s), LISTING_PATIENCE_S)
         self._failing_since = None
+        return wait_s
+
+    async def _weigh(self, listing: Listing, cases: list[_Case]) -> float:
+        """Hold a listing against cases; returns the seconds until another one is worth it."""
         wait_s = BETWEEN_S
-        claimed = set(listing.claimed)
-        for case in cases:
-            current = replace(listing, claimed=claimed, earlier_at=case.correct_at)
-            answer = settle_doubt(self._with_model(case.doubt), current, lost_at=case.lost_at)
-            if isinstance(answer, Absent) and not await self._echoes(listing):
-                answer = Hold("the service does not echo the parameters of tasks as they were sent")
-            if case.correct_at is None and begun_at >= case.lost_at + GRACE_S:
-                case.correct_at = begun_at
+        is_true: bool | None = None  # asked for only where a task would be concluded to be absent
+        for number, case in enumerate(cases):
+            if number % AT_ONCE == AT_ONCE - 1:
+                await anyio.lowlevel.checkpoint()
+            answer = settle_doubt(
+                self._with_model(case.doubt), listing, lost_at=case.lost_at, earlier_at=case.correct_at
+            )
+            if isinstance(answer, Absent):
+                is_true = await self._echoes(listing) if is_true is None else is_true
+                if not is_true:
+                    answer = Hold("the service does not echo the parameters of tasks as they were sent")
+            if case.correct_at is None and listing.begun_at >= case.lost_at + GRACE_S:
+                case.correct_at = listing.begun_at
             if isinstance(answer, LookAgain):
                 wait_s = min(wait_s, answer.after_s)
             elif case.busy():
                 continue  # a task seen now may belong to the submit under way
-            elif isinstance(answer, Hold) and begun_at - case.lost_at < LISTING_PATIENCE_S:
+            elif isinstance(answer, Hold) and listing.begun_at - case.lost_at < LISTING_PATIENCE_S:
                 continue  # tasks of submits under way are recorded soon, and then compare no more
             else:
                 if isinstance(answer, Adopt):
-                    claimed.add(answer.task.id)
+                    listing.claimed.add(answer.task.id)
                 self._answer(case, answer)
         return wait_s
 
-    async def _read(self, cases: list[_Case], begun_at: float) -> Listing:
-        """Read back to before the oldest doubt, and on to a task of ours where absence may be concluded."""
+    async def _read(
+        self, cases: list[_Case], begun_at: float
+    ) -> AsyncGenerator[tuple[Listing, list[_Case]], None]:
+        """The listing as it grows, each time with the cases that it reaches back far enough for.
+
+        It is read back to before the oldest doubt, and on to a task of ours where absence may be concluded.
+        New doubts need not wait for that: they are told of on the way, and all that are left at the end.
+        """
         tasks: dict[str, Task] = {}
-        to_the_end, was_full, start = False, False, 0
+        to_the_end, was_full, start, next_at = False, False, 0, 1
+        reached: list[_Case] = []
+        ahead = list(cases)
         ours_expected = await self._known_task() is not None
         to_ours = ours_expected and any(begun_at >= case.lost_at + GRACE_S for case in cases)
-        for _ in range(MAX_PAGES):
+        for number in range(1, MAX_PAGES + 1):
             found = await self._page(start)
             start += len(found)  # a page may be shorter than asked for
             if not found:
@@ -179,14 +202,26 @@ class Doubts:
                 break
             tasks |= {task.id: task for task in found if task.id not in tasks}
             was_full = len(found) >= PAGE
-            is_deep = all(any(is_older(case.doubt, task) for task in found) for case in cases)
-            if is_deep and not (to_ours and not await self._known_tasks(list(tasks))):
+            page = Listing(found, begun_at, False, set())
+            ahead, before = [], ahead
+            for case in before:
+                (reached if page.reaches(case.doubt) else ahead).append(case)
+            if not ahead and not (to_ours and not await self._known_tasks(list(tasks))):
                 break
+            if reached and number >= next_at:
+                yield await self._listing(tasks, begun_at, False, ours_expected), reached
+                reached, next_at = [], 2 * number
+        left = [case for case in cases if not case.settled.is_set()]
+        yield await self._listing(tasks, begun_at, to_the_end, ours_expected), left
+
+    async def _listing(
+        self, tasks: Mapping[str, Task], begun_at: float, to_the_end: bool, ours_expected: bool
+    ) -> Listing:
         claimed = await self._known_tasks(list(tasks))
         for task_id, tool in claimed.items():
             if tool is not None and tasks[task_id].model_id:
                 self._models[tool].add(tasks[task_id].model_id)
-        return Listing(list(tasks.values()), begun_at, to_the_end, claimed, ours_expected=ours_expected)
+        return Listing(list(tasks.values()), begun_at, to_the_end, set(claimed), ours_expected)
 
     async def _page(self, start: int) -> list[Task]:
         """A page of the listing; of a deep reading's many pages no single one should break it off."""
@@ -223,6 +258,8 @@ class Doubts:
                 self._answer(case, Hold(f"the service's task list cannot be read: {error}"))
 
     def _answer(self, case: _Case, answer: Adopt | Absent | Hold | errors.CredentialsRefused) -> None:
+        if case.settled.is_set():  # by an earlier part of the reading
+            return
         case.answer = answer
         case.settled.set()
         if case in self._cases:

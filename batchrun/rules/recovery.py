@@ -7,10 +7,12 @@ Money hangs on `settle_doubt`, so it says "absent" only when every other explana
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from batchrun.model import State, Task, Value
@@ -184,9 +186,12 @@ def _same_number(left: str, right: str) -> bool:
         return False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False)
 class Listing:
-    """A reading of Task/List, newest first, begun at one moment and read back far enough or to its end."""
+    """A reading of Task/List, newest first, begun at one moment and read back far enough or to its end.
+
+    Many doubts are held against one listing, so what all of them look for is looked up, not gone through.
+    """
 
     tasks: Sequence[Task]
     #: Seconds (monotonic) when the first page was asked for.
@@ -194,11 +199,45 @@ class Listing:
     #: True when the listing was read to its end.
     to_the_end: bool
     #: Ids in it that this run knows: they prove that the listing shows our tasks, and are claimed.
-    claimed: Collection[str]
-    #: Seconds (monotonic) when an earlier correct reading was begun; None when there was none.
-    earlier_at: float | None = None
+    claimed: set[str]
     #: Whether this run knows any task: a listing without one of them then proves nothing.
     ours_expected: bool = False
+    _by_value: dict[str, dict[tuple[str, ...] | None, list[int]]] = field(default_factory=dict)
+
+    def like(self, doubt: Doubt) -> list[Task]:
+        """Tasks that no row claims, newest first, without most of those that ask for something else."""
+        told = [name for name in doubt.given if name in doubt.body and name not in doubt.images]
+        if told:
+            name = max(told, key=lambda name: len(str(doubt.body[name])))
+            by_value = self._places(name)
+            places = sorted(by_value.get(print_of_value(doubt.body[name]), []) + by_value.get(None, []))
+            tasks: Iterable[Task] = (self.tasks[place] for place in places)
+        else:
+            tasks = self.tasks
+        return [task for task in tasks if task.id not in self.claimed]
+
+    def _places(self, name: str) -> dict[tuple[str, ...] | None, list[int]]:
+        """Where unclaimed tasks stand, by their value of a parameter; None: they do not tell it."""
+        if name not in self._by_value:
+            places = self._by_value[name] = defaultdict(list)
+            for place, task in enumerate(self.tasks):
+                if task.id not in self.claimed:
+                    echoed = task.parameters or {}
+                    places[print_of_value(echoed[name]) if name in echoed else None].append(place)
+        return self._by_value[name]
+
+    def reaches(self, doubt: Doubt) -> bool:
+        """Whether it was read back to before the doubt's intent."""
+        return self.to_the_end or any(is_older(doubt, task) for task in self._oldest)
+
+    @cached_property
+    def _oldest(self) -> list[Task]:
+        """The oldest tasks by each thing that age is told by."""
+        numbered = [(number, task) for task in self.tasks if (number := task_number(task.id)) is not None]
+        dated = [task for task in self.tasks if task.created_at is not None]
+        bare = [task for task in dated if task_number(task.id) is None]
+        oldest = [min(tasks, key=lambda task: task.created_at or 0) for tasks in (dated, bare) if tasks]
+        return oldest + ([min(numbered, key=lambda each: each[0])[1]] if numbered else [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,10 +266,14 @@ class Hold:
     reason: str
 
 
-def settle_doubt(doubt: Doubt, listing: Listing, *, lost_at: float) -> Adopt | Absent | LookAgain | Hold:
-    """What a listing says of a doubt whose POST can last have been running at `lost_at` (monotonic s)."""
-    unclaimed = [task for task in listing.tasks if task.id not in listing.claimed]
-    matches = [(compare(doubt, task), task) for task in unclaimed]
+def settle_doubt(
+    doubt: Doubt, listing: Listing, *, lost_at: float, earlier_at: float | None = None
+) -> Adopt | Absent | LookAgain | Hold:
+    """What a listing says of a doubt whose POST can last have been running at `lost_at` (monotonic s).
+
+    `earlier_at` is when an earlier correct reading was begun; None when there was none.
+    """
+    matches = [(compare(doubt, task), task) for task in listing.like(doubt)]
     # the oldest match first: among identical rows the first lost submit takes the first task
     for match, task in reversed(matches):
         if match is Match.SAME:
@@ -240,13 +283,13 @@ def settle_doubt(doubt: Doubt, listing: Listing, *, lost_at: float) -> Adopt | A
         return LookAgain(grace_left_s)
     if any(match is Match.UNKNOWABLE for match, _ in matches):
         return Hold("the service does not echo the parameters of its newest tasks")
-    if not (listing.to_the_end or any(is_older(doubt, task) for task in listing.tasks)):
+    if not listing.reaches(doubt):
         return Hold("the listing does not reach back to before the submit")
     if listing.claimed:
         return Absent()
     if listing.ours_expected:
         return Hold("the listing shows none of this run's tasks")
-    if listing.earlier_at is None or listing.earlier_at < lost_at + GRACE_S:
+    if earlier_at is None or earlier_at < lost_at + GRACE_S:
         return LookAgain(SECOND_LOOK_S)  # an answer during the grace proves nothing
-    waited_s = listing.begun_at - listing.earlier_at
+    waited_s = listing.begun_at - earlier_at
     return Absent() if waited_s >= SECOND_LOOK_S else LookAgain(SECOND_LOOK_S - waited_s)

@@ -249,13 +249,11 @@ def recent_seconds(connection: sqlite3.Connection, limit: int = 200) -> list[tup
 
 def known_tasks(connection: sqlite3.Connection, task_ids: Collection[str]) -> dict[str, int | None]:
     """Which of these task ids are of this run, with the tool's number where it still is the row's."""
-    marks = ", ".join("?" * len(task_ids))
-    found = connection.execute(
+    query = (
         "SELECT task_id, (SELECT tool FROM rows WHERE seq = row AND rows.generation = attempts.generation) "
-        f"FROM attempts WHERE task_id IN ({marks})",
-        tuple(task_ids),
+        "FROM attempts WHERE task_id = ?"
     )
-    return dict(found.fetchall())
+    return {known: tool for task_id in task_ids for known, tool in connection.execute(query, (task_id,))}
 
 
 def older_outputs(connection: sqlite3.Connection, seq: int) -> list[tuple[int, Output]]:

@@ -301,9 +301,7 @@ def worlds(draw: st.DrawFn) -> tuple[Doubt, Listing, list[Seen]]:
         begun_at=LOST_AT + draw(st.floats(0, 60)),
         to_the_end=draw(st.booleans()),
         claimed={item.task.id for item in seen if item.is_claimed},
-        earlier_at=draw(st.none() | st.floats(LOST_AT - 50, LOST_AT + 60)),
     )
-    assume(listing.earlier_at is None or listing.earlier_at <= listing.begun_at)
     return Doubt(BODY, ["prompt"], after_task, intent_at), listing, seen
 
 
@@ -329,11 +327,12 @@ def test_a_lost_submit_adopts_the_oldest_task_that_is_its_own_and_no_other(
         assert not isinstance(answer, Adopt)
 
 
-@given(worlds())
+@given(worlds(), st.none() | st.floats(LOST_AT - 50, LOST_AT + 60))
 def test_a_lost_submit_is_absent_only_when_every_other_explanation_is_ruled_out(
-    world: tuple[Doubt, Listing, list[Seen]],
+    world: tuple[Doubt, Listing, list[Seen]], earlier_at: float | None
 ) -> None:
     doubt, listing, seen = world
+    assume(earlier_at is None or earlier_at <= listing.begun_at)
     grace_over_at = LOST_AT + GRACE_S
     certain = (
         listing.begun_at >= grace_over_at
@@ -342,13 +341,14 @@ def test_a_lost_submit_is_absent_only_when_every_other_explanation_is_ruled_out(
         and (
             any(item.is_claimed for item in seen)
             or (
-                listing.earlier_at is not None
-                and listing.earlier_at >= grace_over_at
-                and listing.begun_at - listing.earlier_at >= SECOND_LOOK_S
+                earlier_at is not None
+                and earlier_at >= grace_over_at
+                and listing.begun_at - earlier_at >= SECOND_LOOK_S
             )
         )
     )
-    assert isinstance(settle_doubt(doubt, listing, lost_at=LOST_AT), Absent) == certain
+    answer = settle_doubt(doubt, listing, lost_at=LOST_AT, earlier_at=earlier_at)
+    assert isinstance(answer, Absent) == certain
 
 
 @given(worlds())

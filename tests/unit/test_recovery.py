@@ -223,9 +223,8 @@ def listed(
     begun_at: float = AFTER_GRACE,
     to_the_end: bool = False,
     claimed: Collection[str] = ("105",),
-    earlier_at: float | None = None,
 ) -> Listing:
-    return Listing(tasks, begun_at, to_the_end, claimed, earlier_at)
+    return Listing(tasks, begun_at, to_the_end, set(claimed))
 
 
 @pytest.mark.parametrize(
@@ -252,16 +251,27 @@ def listed(
         # nothing of ours in it: two answers, ten seconds apart, both after the grace
         (listed(OLD, claimed=()), LookAgain(SECOND_LOOK_S)),
         (listed(to_the_end=True, claimed=()), LookAgain(SECOND_LOOK_S)),
-        (listed(OLD, claimed=(), begun_at=AFTER_GRACE + 4, earlier_at=AFTER_GRACE), LookAgain(6.0)),
-        (listed(OLD, claimed=(), begun_at=AFTER_GRACE + 10, earlier_at=AFTER_GRACE), Absent()),
-        (listed(claimed=(), to_the_end=True, begun_at=AFTER_GRACE + 10, earlier_at=AFTER_GRACE), Absent()),
-        # an earlier answer from the grace, or from long before the submit, is none
-        (
-            listed(OLD, claimed=(), begun_at=AFTER_GRACE + 60, earlier_at=AFTER_GRACE - 1),
-            LookAgain(SECOND_LOOK_S),
-        ),
-        (listed(OLD, claimed=(), begun_at=AFTER_GRACE + 60, earlier_at=0.0), LookAgain(SECOND_LOOK_S)),
     ],
 )
 def test_what_a_listing_says_of_a_lost_submit(listing: Listing, answer: object) -> None:
     assert settle_doubt(DOUBT, listing, lost_at=LOST_AT) == answer
+
+
+@pytest.mark.parametrize(
+    ("after_s", "earlier_at", "answer"),
+    [
+        (4, AFTER_GRACE, LookAgain(SECOND_LOOK_S - 4)),
+        (SECOND_LOOK_S, AFTER_GRACE, Absent()),
+        # an earlier answer from the grace, or from long before the submit, is none
+        (60, AFTER_GRACE - 1, LookAgain(SECOND_LOOK_S)),
+        (60, 0.0, LookAgain(SECOND_LOOK_S)),
+    ],
+)
+def test_what_two_listings_without_a_task_of_ours_say(
+    after_s: float, earlier_at: float, answer: object
+) -> None:
+    for listing in (
+        listed(OLD, claimed=(), begun_at=AFTER_GRACE + after_s),
+        listed(claimed=(), to_the_end=True, begun_at=AFTER_GRACE + after_s),
+    ):
+        assert settle_doubt(DOUBT, listing, lost_at=LOST_AT, earlier_at=earlier_at) == answer
