@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -45,7 +45,9 @@ from batchrun.rules.recovery import (
     Hold,
     Listing,
     LookAgain,
+    Match,
     Step,
+    compare,
     next_step,
     settle_doubt,
 )
@@ -349,6 +351,22 @@ def test_a_lost_submit_is_absent_only_when_every_other_explanation_is_ruled_out(
     )
     answer = settle_doubt(doubt, listing, lost_at=LOST_AT, earlier_at=earlier_at)
     assert isinstance(answer, Absent) == certain
+
+
+@given(
+    worlds(),
+    st.sampled_from([["prompt"], ["steps"], ["prompt", "steps"], []]),
+    st.sampled_from([(), ("prompt",), ("steps",)]),
+)
+def test_what_a_listing_leaves_out_for_a_doubt_is_certainly_not_its_task(
+    world: tuple[Doubt, Listing, list[Seen]], given_names: list[str], images: tuple[str, ...]
+) -> None:
+    doubt, listing, _ = world
+    doubt = replace(doubt, given=given_names, images=images)
+    like = listing.like(doubt)
+    unclaimed = [task for task in listing.tasks if task.id not in listing.claimed]
+    assert like == [task for task in unclaimed if task in like]
+    assert all(compare(doubt, task) in (Match.OTHER, Match.OLDER) for task in unclaimed if task not in like)
 
 
 @given(worlds())

@@ -116,6 +116,49 @@ async def test_a_list_that_shows_known_tasks_other_than_they_were_sent_proves_no
 
 
 @virtual_time
+async def test_a_new_doubt_does_not_wait_until_the_list_is_read_back_to_before_an_old_one() -> None:
+    account = Account(*range(10, 5000), known=[4990])
+    task = account.add(5001, prompt="a cat")
+    answers: dict[str, tuple[object, int]] = {}
+
+    async def settle(name: str, doubt: Doubt) -> None:
+        answer = await doubts.settle(doubt, lost_at=anyio.current_time() - GRACE_S, busy=never)
+        answers[name] = answer, account.pages
+
+    async with settling(account) as doubts, anyio.create_task_group() as group:
+        group.start_soon(settle, "old", lost("a fox", after=10))
+        group.start_soon(settle, "new", lost(after=4999))
+        group.start_soon(settle, "absent", lost("a dog", after=4950))
+    assert [answer for answer, _ in answers.values()] == [Adopt(task), Absent(), Absent()]
+    assert {name: pages for name, (_, pages) in answers.items()} == {"new": 2, "absent": 2, "old": 50}
+
+
+@virtual_time
+async def test_a_reading_that_breaks_off_takes_back_no_answer_that_it_gave_on_the_way() -> None:
+    class Shallow(Account):
+        async def list_tasks(self, *, start: int = 0, limit: int = 100) -> list[Task]:
+            if start:
+                raise errors.CredentialsRefused("the key was withdrawn")
+            return await super().list_tasks(start=start, limit=limit)
+
+    account = Shallow(*range(10, 5000), known=[4990])
+    task = account.add(5001, prompt="a cat")
+    answers: dict[str, object] = {}
+
+    async def settle(name: str, doubt: Doubt) -> None:
+        try:
+            answers[name] = await doubts.settle(doubt, lost_at=anyio.current_time(), busy=never)
+        except errors.CredentialsRefused as error:
+            answers[name] = error
+
+    async with settling(account) as doubts, anyio.create_task_group() as group:
+        group.start_soon(settle, "old", lost("a fox"))
+        group.start_soon(settle, "new", lost(after=4999))
+    assert answers["new"] == Adopt(task)
+    assert isinstance(answers["old"], errors.CredentialsRefused)
+
+
+@virtual_time
 async def test_a_list_in_short_pages_is_read_on_where_it_broke_off() -> None:
     class Short(Account):
         async def list_tasks(self, *, start: int = 0, limit: int = 100) -> list[Task]:

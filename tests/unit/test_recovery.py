@@ -257,6 +257,14 @@ def test_what_a_listing_says_of_a_lost_submit(listing: Listing, answer: object) 
     assert settle_doubt(DOUBT, listing, lost_at=LOST_AT) == answer
 
 
+def test_a_task_without_a_number_tells_by_its_time_how_far_a_listing_reaches() -> None:
+    dated = replace(DOUBT, after_task=100, intent_server_at=5000.0)
+    newer = replace(MINE, id="205", created_at=100)  # by its number, which counts
+    nameless = replace(MINE, id="t-9", created_at=200)
+    assert not listed(newer).reaches(dated)
+    assert listed(newer, nameless).reaches(dated)
+
+
 @pytest.mark.parametrize(
     ("after_s", "earlier_at", "answer"),
     [
