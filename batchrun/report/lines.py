@@ -27,16 +27,15 @@ class Lines:
 
     def listen(self, event: Event) -> None:
         """Take in an event."""
-        reason = plain(str(event.details.get("reason", "")), limit=300)
         if event.fact is Fact.STOPPING:
-            self._say(f"stopping: {reason}")
+            self._say(f"stopping: {_reason(event)}")
         elif event.fact is Fact.PAUSED:
             now = time.monotonic()
             # a service that comes and goes is told of now and then, by the lines
             if not self._is_waiting and self._told_at is not None and now - self._told_at < EVERY_S:
                 return
             self._told_at, self._is_waiting = now, True
-            self._say(f"waiting: {reason}")
+            self._say(f"waiting: {_reason(event)}")
         elif event.fact is Fact.RESUMED and self._is_waiting:
             self._is_waiting = False
             self._say("going on")
@@ -50,6 +49,10 @@ class Lines:
 
     def _say(self, text: str) -> None:
         self._talk.say(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
+
+
+def _reason(event: Event) -> str:
+    return plain(str(event.details.get("reason", "")), limit=300)
 
 
 def line(sight: Sight) -> str:
