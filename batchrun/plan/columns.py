@@ -18,7 +18,7 @@ from typing import Any
 from batchrun.errors import ManifestError
 from batchrun.model import Block, Cell, LocalImage, Value
 from batchrun.plan.identity import HASH_BYTES
-from batchrun.store.planning import Staged
+from batchrun.store.planning import StagedBlock
 from batchrun.store.records import dumps
 from batchrun.tools.bind import Binder, ReadImage, Refused
 
@@ -174,7 +174,7 @@ class Columns:
                 )
         return (self._fixed.get(name) for _ in rows)
 
-    def bind(self, block: Block) -> tuple[list[Staged], set[int]]:
+    def bind(self, block: Block) -> tuple[StagedBlock, set[int]]:
         """A block's rows to be staged, and which of them (by place in the block) must be read singly."""
         for column in self._columns:
             column.begin()
@@ -200,14 +200,8 @@ class Columns:
         if self._counting is not None:
             counted = self._counting.images
             images = [counted.get(cell, 0) for cell in mine[self._columns.index(self._counting)]]
-        sources: list[str | None] = [None] * count
-        for at in respelt - hard:
-            sources[at] = self._text_of(block.row(at).cells)
-        staged = zip(
-            block.lines, ids, contents, own, [self._tool] * count, given, ["{}"] * count, images, sources,
-            [None] * count,
-        )  # fmt: skip
-        return list(map(Staged._make, staged)), hard
+        sources = {at: self._text_of(block.row(at).cells) for at in sorted(respelt - hard)}
+        return StagedBlock(block.lines, ids, contents, own, self._tool, given, images, sources), hard
 
     def _where(self, cells: Sequence[Sequence[str]], wanted: Sequence[set[str]]) -> set[int]:
         found: set[int] = set()

@@ -237,19 +237,19 @@ class Reading:
                 self._row(row, True)
             return
         staged, hard = columns.bind(block)
-        simple: Sequence[int] = range(len(staged))
+        simple: Sequence[int] = range(len(block.lines))
         if not hard:
-            self._planning.stage(staged)
+            self._planning.stage_block(staged)
         else:
-            simple = [at for at in simple if at not in hard]
-            for at, one in enumerate(staged):
+            for at in simple:
                 if at in hard:
                     self._row(block.row(at), True)
                 else:
-                    self._planning.stage([one])
+                    self._planning.stage(staged.row(at))
+            simple = [at for at in simple if at not in hard]
         left = 0
         if used.tool.parameter("samples") is not None:
-            several = [at for at in simple if staged[at].images > 1]
+            several = [at for at in simple if staged.images[at] > 1]
             left = sum(value is None for value in columns.given(block, "samples", several))
         seeds = columns.given(block, "seed", simple)
         self._hints.requests(used.tool, len(simple), samples_left=left, seeds=seeds)
@@ -372,7 +372,7 @@ class Reading:
         by_set = {name for name in self._job.set if name not in overlay and self._given(row, name) is None}
         own = content_hash(used.tool.run_path, request.given, without=by_set) if by_set else content
         self.requests += 1
-        self._stage(
+        self._planning.stage(
             Staged(
                 line=row.line,
                 id=id_,
@@ -394,9 +394,6 @@ class Reading:
         text = encode(dict(source))
         return None if text == encode(told) else text
 
-    def _stage(self, staged: Staged) -> None:
-        self._planning.stage([staged])
-
     def _given(self, row: SourceRow, parameter: str) -> Cell:
         return row.cells.get(self._column(parameter))
 
@@ -409,7 +406,7 @@ class Reading:
         text = encode(dict(cells))
         content = content_hash("invalid", {"cells": text})
         self.requests += 1
-        self._stage(Staged(line, id_, content, content, None, "{}", "{}", 0, text, message=message))
+        self._planning.stage(Staged(line, id_, content, content, None, "{}", "{}", 0, text, message=message))
 
     def _source(self, row: SourceRow, id_: str | None, overlay: Mapping[str, Cell]) -> dict[str, Cell]:
         """The row as it would stand in a manifest of its own, with the values of its expansion."""

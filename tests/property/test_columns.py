@@ -43,6 +43,10 @@ SETS: list[dict[str, Any]] = [
     {}, {"samples": 1}, {"steps": 30, "samples": "2"}, {"prompt": "é"}, {"steps": "x"}, {"seed": [1, 2]},
     {"negativePrompt": " "}, {"inputImageUrl": "https://x.test/b.png"},
 ]  # fmt: skip
+#: More than are inserted at once, a wrong one and a padded one among them; ids on most.
+MANY = "id,prompt,steps\n" + "".join(
+    f"{'' if n % 7 == 0 else n},picture {n // 3},{ {99: 'x', 130: '20.0'}.get(n, 20) }\n" for n in range(260)
+)
 TOOLS = ["Retro-Cartoons", "instant-id", "text-to-image-sd-lora", "story-diffusion-advanced"]
 
 
@@ -113,6 +117,8 @@ def read(job: Job, path: Path, *, one_by_one: bool) -> tuple[Any, ...]:
     extra="error",
 )
 @example(text='prompt,steps\n"x","20"\n"x","20"\n', tool=TOOLS[0], set_values={}, names={}, extra="error")
+@example(text=MANY, tool=TOOLS[0], set_values={}, names={}, extra="error")
+@example(text=MANY.replace(",x\n", ",20\n"), tool=TOOLS[0], set_values={}, names={}, extra="error")
 def test_rows_bound_together_are_what_each_is_by_itself(text, tool, set_values, names, extra):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "list.csv"

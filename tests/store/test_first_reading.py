@@ -70,7 +70,8 @@ def test_a_kill_while_a_manifest_is_read_leaves_a_state_that_plans_again(tmp_pat
         planning = Planning(connection)
         number = planning.tool(TOOL)
         connection.execute("PRAGMA cache_size = 10")  # so that much of it is on disk already
-        planning.stage([staged(line)._replace(tool=number) for line in range(2, 3 * GROUP)])
+        for line in range(2, 3 * GROUP):
+            planning.stage(staged(line)._replace(tool=number))
         planning.summary()
         for end in ("", "-wal", "-shm"):
             shutil.copy(tmp_path / f"live.sqlite3{end}", tmp_path / f"state.sqlite3{end}")
