@@ -24,6 +24,8 @@ from batchrun.tools.bind import Binder, ReadImage, Refused
 
 #: Different cells that a column remembers; texts that are all different are not worth more.
 _REMEMBERED = 2000
+#: Digits that are a whole number of any kind as they stand.
+_PLAIN_DIGITS = 18
 #: Cells that are not ASCII as it stands in JSON: in hashes they are escaped.
 _ESCAPED = re.compile(r"[^\x00-\x7e]+")
 
@@ -43,6 +45,14 @@ class _Column(dict[str, str]):
         self._blank_is_plain = blank_is_plain
         self._max_images = max_images
         self._counts_images = binder.counts_images == name
+        #: What encloses a cell that is taken as it stands; None: none is, or what it says decides on more.
+        self._around: tuple[str, str] | None = None
+        self._is_number = name in binder.numbers
+        if (self._is_number or name in binder.texts) and self._stands_alone and not self._counts_images:
+            quote = '"' if type(self.value("1")) is str else ""
+            self._around = f"{self._lead}{quote}", f"{quote},"
+        #: Whether its cells were too many to be remembered: then those of a block are taken together.
+        self._is_varied = False
         #: Cells whose rows are left to the reading of single rows.
         self.hard: set[str] = set()
         #: Cells that the value does not give back letter by letter.
@@ -50,13 +60,28 @@ class _Column(dict[str, str]):
         #: How many images a row makes, by the cell of the column that tells it.
         self.images: dict[str, int] = {}
 
-    def begin(self) -> None:
-        """Before a block: what is remembered stays within bounds."""
-        if len(self) > _REMEMBERED:
+    def pieces(self, cells: Sequence[str]) -> list[str]:
+        """What each of a block's cells makes of its row."""
+        if len(self) > _REMEMBERED:  # what is remembered stays within bounds
+            self._is_varied = True
             self.clear()
             self.hard.clear()
             self.respelt.clear()
             self.images.clear()
+        if self._around is not None and self._is_varied and self._are_plain(cells):
+            before, after = self._around
+            return [f"{before}{cell}{after}" for cell in cells]
+        return list(map(self.__getitem__, cells))
+
+    def _are_plain(self, cells: Sequence[str]) -> bool:
+        """Whether all stand in JSON, and are sent, as they are."""
+        text = "".join(cells)
+        if self._is_number:  # without zeros in front
+            is_whole = text.isascii() and text.isdecimal() and min(cells) >= "1"
+            return is_whole and max(map(len, cells)) <= _PLAIN_DIGITS
+        if not text.isprintable() or '"' in text or "\\" in text:
+            return False
+        return all(cells) and not any(map(str.isspace, cells))
 
     def __missing__(self, cell: str) -> str:
         if not cell or cell.isspace():
@@ -176,13 +201,9 @@ class Columns:
 
     def bind(self, block: Block) -> tuple[StagedBlock, set[int]]:
         """A block's rows to be staged, and which of them (by place in the block) must be read singly."""
-        for column in self._columns:
-            column.begin()
         cells = list(zip(*block.cells, strict=True))
         mine = [cells[at] for at in self._at]
-        pieces = [
-            list(map(column.__getitem__, each)) for column, each in zip(self._columns, mine, strict=True)
-        ]
+        pieces = [column.pieces(each) for column, each in zip(self._columns, mine, strict=True)]
         hard = self._where(mine, [column.hard for column in self._columns])
         respelt = self._where(mine, [column.respelt for column in self._columns])
         count = len(block.lines)
