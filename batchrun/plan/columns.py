@@ -1,10 +1,11 @@
 """Rows of a table, bound by the column: what a million rows have in common is worked out once.
 
 A column's cells repeat, and what a cell makes of a row's texts does not depend on the other cells. So each
-different cell is bound and written as JSON once (`_Column`), cells that are all different are looked at a block
-at a time, and rows are put together of such pieces by C code: `map` over a dict, `zip`, `join`. A row that is
-not that simple (a wrong cell, a blank that `--set` fills, a local image, a value that other cells decide on) is
-left to the reading of single rows: that one has the last word, and what comes out here is the same to the byte.
+different cell is bound and written as JSON once (`_Column`), cells that are all different are looked at a
+block at a time, and rows are put together of such pieces by C code: `map` over a dict, `zip`, `join`. A row
+that is not that simple (a wrong cell, a blank that `--set` fills, a local image, a value that other cells
+decide on) is left to the reading of single rows: that one has the last word, and what comes out here is the
+same to the byte.
 """
 
 from __future__ import annotations
