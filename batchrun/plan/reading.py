@@ -248,7 +248,7 @@ class Reading:
                     self._planning.stage(staged.row(at))
             simple = [at for at in simple if at not in hard]
         left = 0
-        if used.tool.parameter("samples") is not None:
+        if used.tool.parameter("samples") is not None and max(staged.images) > 1:
             several = [at for at in simple if staged.images[at] > 1]
             left = sum(value is None for value in columns.given(block, "samples", several))
         seeds = columns.given(block, "seed", simple)

@@ -237,6 +237,7 @@ class Planning:
         lines: Sequence[int],
         ids: Sequence[str | None],
         contents: Sequence[bytes],
+        own: Sequence[bytes],
         *others: Iterable[Any],
     ) -> None:
         """Rows of the first reading, by the column, to their place."""
@@ -245,7 +246,10 @@ class Planning:
             for id_, content in zip(ids, contents, strict=True)
         ]
         names = list(map(stem, ids, lines, keys))
-        rows = zip(lines, ids, contents, *others, keys, names)  # without end: what is the same in all
+        # sqlite3 takes a bytearray as it is, but asks around for what adapts bytes, at six times the cost
+        hashes = list(map(bytearray, contents))
+        own_hashes = hashes if own is contents else list(map(bytearray, own))
+        rows = zip(lines, ids, hashes, own_hashes, *others, keys, names)  # some of `others` have no end
         for _ in range(len(lines) // _AT_ONCE):
             self._run(_INSERT_MANY, list(chain.from_iterable(islice(rows, _AT_ONCE))))
         self.connection.executemany(_INSERT_ONE, rows)
@@ -329,11 +333,10 @@ class Planning:
         """Requests, expected images, and how many requests that can be made repeat another."""
         self._read_all()
         if self._identical is None:
-            self._identical = read_value(
-                self.connection,
-                "SELECT coalesce(sum(times - 1), 0) FROM (SELECT count(*) AS times "
-                f"FROM {self._table[0]} WHERE message IS NULL GROUP BY content)",
-            )
+            valid = "WHERE message IS NULL" if self._rows[None] else ""
+            query = f"SELECT count(*) FROM (SELECT 1 FROM {self._table[0]} {valid} GROUP BY content)"
+            different = read_value(self.connection, query)
+            self._identical = self._rows.total() - self._rows[None] - different
         return self._rows.total(), self._images.total(), self._identical
 
     def merge(
