@@ -8,6 +8,7 @@ import os
 import shutil
 import sqlite3
 from contextlib import closing
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,24 @@ def test_rows_are_given_back_as_the_manifest_has_them_whether_that_is_kept_or_to
         assert plans.sources() == told
         rejected = plans.do(plans.store.planning(lambda c: read_rejected(c, after_seq=0, limit=9)))
         assert rejected == []
+
+
+def test_rows_of_json_are_given_back_to_the_letter_whether_that_is_kept_or_told(tmp_path: Path) -> None:
+    lines = {
+        '{"id": "a", "prompt": "é", "steps": 20, "scale": "7.5"}': "told",
+        '{"id": "b", "prompt": "x", "steps": "20"}': "kept",
+        '{"prompt": "x", "steps": 20, "id": "c"}': "kept",  # told, the id would come first
+        '{"id": "d", "prompt": "x", "scale": 7.50}': "kept",
+        '{"id": 5, "prompt": "x"}': "kept",
+        '{"id": "f", "prompt": "x", "seed": null}': "kept",
+        '{"prompt": "x"}': "told",
+    }
+    with Plans(tmp_path) as plans:
+        plans.take("\n".join(lines), name="list.jsonl")
+        kept = plans.do(plans.store.planning(lambda c: c.execute("SELECT row FROM sources").fetchall()))
+        assert kept == [(seq,) for seq, how in enumerate(lines.values(), 1) if how == "kept"]
+        given = [list(source.items()) for source in plans.sources()]
+        assert given == [list(json.loads(line, parse_float=Decimal).items()) for line in lines]
 
 
 def test_a_manifest_that_the_system_shows_unchanged_is_not_read_to_be_told(tmp_path: Path) -> None:
