@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from decimal import Decimal, InvalidOperation
+from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Any, NoReturn
 
 #: No list of prompts nests deeper; more would break whoever walks the value later (Python's limit is ~1,000).
@@ -111,22 +112,22 @@ def encode(value: Any, *, ascii_only: bool = False) -> str:
 
 
 def _encode(value: Any, *, ascii_only: bool) -> str:
-    match value:
-        case Decimal():
-            if not value.is_finite():
-                raise ValueError(f"{value} is not a number that JSON knows")
-            text = str(value)
-            return (
-                text if "." in text or "E" in text else text + "E0"
-            )  # or it would be read back as an integer
-        case dict():
-            names = (json.dumps(name, ensure_ascii=ascii_only) for name in value)
-            inner = (_encode(item, ascii_only=ascii_only) for item in value.values())
-            return "{" + ", ".join(f"{name}: {item}" for name, item in zip(names, inner)) + "}"
-        case list() | tuple():
-            return "[" + ", ".join(_encode(item, ascii_only=ascii_only) for item in value) + "]"
-        case _:
-            return _ENCODERS[ascii_only].encode(value)
+    quoted = encode_basestring_ascii if ascii_only else encode_basestring
+    if type(value) is str:
+        return quoted(value)
+    if type(value) is int:
+        return str(value)
+    if isinstance(value, Decimal):
+        if not value.is_finite():
+            raise ValueError(f"{value} is not a number that JSON knows")
+        text = str(value)
+        return text if "." in text or "E" in text else text + "E0"  # or it would be read back as an integer
+    if isinstance(value, dict):
+        items = [f"{quoted(name)}: {_encode(item, ascii_only=ascii_only)}" for name, item in value.items()]
+        return f"{{{', '.join(items)}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join([_encode(item, ascii_only=ascii_only) for item in value])}]"
+    return _ENCODERS[ascii_only].encode(value)
 
 
 def kind(value: Any) -> str:

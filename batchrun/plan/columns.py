@@ -1,10 +1,11 @@
 """Rows of a table, bound by the column: what a million rows have in common is worked out once.
 
 A column's cells repeat, and what a cell makes of a row's texts does not depend on the other cells. So each
-different cell is bound and written as JSON once (`_Column`), and a block of rows is put together of such
-pieces by C code: `map` over a dict, `zip`, `join`. A row that is not that simple (a wrong cell, a blank that
-`--set` fills, a local image, a value that other cells decide on) is left to the reading of single rows: that
-one has the last word, and what comes out here is the same to the byte.
+different cell is bound and written as JSON once (`_Column`), cells that are all different are looked at a
+block at a time, and rows are put together of such pieces by C code: `map` over a dict, `zip`, `join`. A row
+that is not that simple (a wrong cell, a blank that `--set` fills, a local image, a value that other cells
+decide on) is left to the reading of single rows: that one has the last word, and what comes out here is the
+same to the byte.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import Any
 from batchrun.errors import ManifestError
 from batchrun.model import Block, Cell, LocalImage, Value
 from batchrun.plan.identity import HASH_BYTES
-from batchrun.store.planning import Staged
+from batchrun.store.planning import StagedBlock
 from batchrun.store.records import dumps
 from batchrun.tools.bind import Binder, ReadImage, Refused
 
 #: Different cells that a column remembers; texts that are all different are not worth more.
 _REMEMBERED = 2000
+#: Digits that are a whole number of any kind as they stand.
+_PLAIN_DIGITS = 18
 #: Cells that are not ASCII as it stands in JSON: in hashes they are escaped.
 _ESCAPED = re.compile(r"[^\x00-\x7e]+")
 
@@ -43,6 +46,14 @@ class _Column(dict[str, str]):
         self._blank_is_plain = blank_is_plain
         self._max_images = max_images
         self._counts_images = binder.counts_images == name
+        #: What encloses a cell that is taken as it stands; None: none is, or what it says decides on more.
+        self._around: tuple[str, str] | None = None
+        self._is_number = name in binder.numbers
+        if (self._is_number or name in binder.texts) and self._stands_alone and not self._counts_images:
+            quote = '"' if type(self.value("1")) is str else ""
+            self._around = f"{self._lead}{quote}", f"{quote},"
+        #: Whether its cells were too many to be remembered: then those of a block are taken together.
+        self._is_varied = False
         #: Cells whose rows are left to the reading of single rows.
         self.hard: set[str] = set()
         #: Cells that the value does not give back letter by letter.
@@ -50,13 +61,28 @@ class _Column(dict[str, str]):
         #: How many images a row makes, by the cell of the column that tells it.
         self.images: dict[str, int] = {}
 
-    def begin(self) -> None:
-        """Before a block: what is remembered stays within bounds."""
-        if len(self) > _REMEMBERED:
+    def pieces(self, cells: Sequence[str]) -> list[str]:
+        """What each of a block's cells makes of its row."""
+        if len(self) > _REMEMBERED:  # what is remembered stays within bounds
+            self._is_varied = True
             self.clear()
             self.hard.clear()
             self.respelt.clear()
             self.images.clear()
+        if self._around is not None and self._is_varied and self._are_plain(cells):
+            before, after = self._around
+            return [f"{before}{cell}{after}" for cell in cells]
+        return list(map(self.__getitem__, cells))
+
+    def _are_plain(self, cells: Sequence[str]) -> bool:
+        """Whether all stand in JSON, and are sent, as they are."""
+        text = "".join(cells)
+        if self._is_number:  # without zeros in front
+            is_whole = text.isascii() and text.isdecimal() and min(cells) >= "1"
+            return is_whole and max(map(len, cells)) <= _PLAIN_DIGITS
+        if not text.isprintable() or '"' in text or "\\" in text:
+            return False
+        return all(cells) and not any(map(str.isspace, cells))
 
     def __missing__(self, cell: str) -> str:
         if not cell or cell.isspace():
@@ -174,15 +200,11 @@ class Columns:
                 )
         return (self._fixed.get(name) for _ in rows)
 
-    def bind(self, block: Block) -> tuple[list[Staged], set[int]]:
+    def bind(self, block: Block) -> tuple[StagedBlock, set[int]]:
         """A block's rows to be staged, and which of them (by place in the block) must be read singly."""
-        for column in self._columns:
-            column.begin()
         cells = list(zip(*block.cells, strict=True))
         mine = [cells[at] for at in self._at]
-        pieces = [
-            list(map(column.__getitem__, each)) for column, each in zip(self._columns, mine, strict=True)
-        ]
+        pieces = [column.pieces(each) for column, each in zip(self._columns, mine, strict=True)]
         hard = self._where(mine, [column.hard for column in self._columns])
         respelt = self._where(mine, [column.respelt for column in self._columns])
         count = len(block.lines)
@@ -200,14 +222,8 @@ class Columns:
         if self._counting is not None:
             counted = self._counting.images
             images = [counted.get(cell, 0) for cell in mine[self._columns.index(self._counting)]]
-        sources: list[str | None] = [None] * count
-        for at in respelt - hard:
-            sources[at] = self._text_of(block.row(at).cells)
-        staged = zip(
-            block.lines, ids, contents, own, [self._tool] * count, given, ["{}"] * count, images, sources,
-            [None] * count,
-        )  # fmt: skip
-        return list(map(Staged._make, staged)), hard
+        sources = {at: self._text_of(block.row(at).cells) for at in sorted(respelt - hard)}
+        return StagedBlock(block.lines, ids, contents, own, self._tool, given, images, sources), hard
 
     def _where(self, cells: Sequence[Sequence[str]], wanted: Sequence[set[str]]) -> set[int]:
         found: set[int] = set()

@@ -10,6 +10,8 @@ from batchrun.model import LocalImage, Value
 
 #: 96 bits: among a billion rows two hashes meet by chance once in 10**11 runs.
 HASH_BYTES = 12
+#: json.dumps makes an encoder anew for every call.
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 
 def content_hash(
@@ -24,5 +26,4 @@ def content_hash(
         for name, value in given.items()
         if name not in without
     }
-    text = json.dumps([run_path, values], sort_keys=True, separators=(",", ":"))
-    return blake2b(text.encode(), digest_size=HASH_BYTES).digest()
+    return blake2b(_ENCODER.encode([run_path, values]).encode(), digest_size=HASH_BYTES).digest()

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from batchrun.errors import ManifestError, UsageError
 from batchrun.manifest.expand import Axis, Expansion
@@ -148,6 +148,8 @@ class _ToolInUse:
     binder: Binder
     number: int
     spellings: dict[str, str] = field(default_factory=dict)
+    #: What columns stand for, as far as that is a parameter of the tool.
+    meant: dict[str, list[str]] = field(default_factory=dict)
 
 
 class Reading:
@@ -237,19 +239,19 @@ class Reading:
                 self._row(row, True)
             return
         staged, hard = columns.bind(block)
-        simple: Sequence[int] = range(len(staged))
+        simple: Sequence[int] = range(len(block.lines))
         if not hard:
-            self._planning.stage(staged)
+            self._planning.stage_block(staged)
         else:
-            simple = [at for at in simple if at not in hard]
-            for at, one in enumerate(staged):
+            for at in simple:
                 if at in hard:
                     self._row(block.row(at), True)
                 else:
-                    self._planning.stage([one])
+                    self._planning.stage(staged.row(at))
+            simple = [at for at in simple if at not in hard]
         left = 0
-        if used.tool.parameter("samples") is not None:
-            several = [at for at in simple if staged[at].images > 1]
+        if used.tool.parameter("samples") is not None and max(staged.images) > 1:
+            several = [at for at in simple if staged.images[at] > 1]
             left = sum(value is None for value in columns.given(block, "samples", several))
         seeds = columns.given(block, "seed", simple)
         self._hints.requests(used.tool, len(simple), samples_left=left, seeds=seeds)
@@ -372,7 +374,7 @@ class Reading:
         by_set = {name for name in self._job.set if name not in overlay and self._given(row, name) is None}
         own = content_hash(used.tool.run_path, request.given, without=by_set) if by_set else content
         self.requests += 1
-        self._stage(
+        self._planning.stage(
             Staged(
                 line=row.line,
                 id=id_,
@@ -389,13 +391,8 @@ class Reading:
     def _cells(self, source: Mapping[str, Cell], id_: str | None, request: Request) -> str | None:
         """The row as the manifest had it; None when what it gives tells it."""
         told = cells_given(id_, request.given, self._header)
-        if self._header is not None:
-            return None if told == source else encode(dict(source))
-        text = encode(dict(source))
-        return None if text == encode(told) else text
-
-    def _stage(self, staged: Staged) -> None:
-        self._planning.stage([staged])
+        is_told = told == source if self._header is not None else _is_same_json(told, source)
+        return None if is_told else encode(dict(source))
 
     def _given(self, row: SourceRow, parameter: str) -> Cell:
         column = self._column(parameter)
@@ -410,7 +407,7 @@ class Reading:
         text = encode(dict(cells))
         content = content_hash("invalid", {"cells": text})
         self.requests += 1
-        self._stage(Staged(line, id_, content, content, None, "{}", "{}", 0, text, message=message))
+        self._planning.stage(Staged(line, id_, content, content, None, "{}", "{}", 0, text, message=message))
 
     def _source(self, row: SourceRow, id_: str | None, overlay: Mapping[str, Cell]) -> dict[str, Cell]:
         """The row as it would stand in a manifest of its own, with the values of its expansion."""
@@ -467,11 +464,16 @@ class Reading:
         cells: dict[str, Cell] = {}
         unknown: dict[str, Cell] = {}
         named = (self._column(ID), self._column(TOOL))
+        meant = used.meant
         for column, cell in row.cells.items():
-            known = [name for name in self._meant_by(column) if used.binder.knows(name)]
-            if known:
-                cells.update(dict.fromkeys(known, cell))
-            elif column not in named:
+            known = meant.get(column)
+            if known is None:
+                known = [name for name in self._meant_by(column) if used.binder.knows(name)]
+                if known:  # what a tool knows is bounded
+                    meant[column] = known
+            for name in known:
+                cells[name] = cell
+            if not known and column not in named:
                 unknown[column] = cell
         return cells, unknown
 
@@ -523,7 +525,7 @@ class Reading:
                 self._hints.unexpanded(axis.name)
         laid = {axis.name for axis in axes}
         for name, cell in cells.items():
-            if name not in laid and used.binder.expandable(name, cell):
+            if type(cell) is list and name not in laid and used.binder.expandable(name, cell):
                 if not cell:
                     raise _EmptyList(name)
                 axes.append(Axis(name, tuple(cell)))
@@ -612,6 +614,14 @@ def form_columns(job: Job, columns: Sequence[str]) -> list[str]:
     """A table's columns and those that its expansion adds."""
     added = [job.map.get(axis.name, axis.name) for axis in job.axes]
     return [*columns, *(name for name in added if name not in columns)]
+
+
+def _is_same_json(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two objects are the same text in JSON: the order of keys counts, and each digit of a number."""
+    return list(one) == list(other) and all(
+        a == b if type(a) is type(b) and type(a) in (str, int) else encode(a) == encode(b)
+        for a, b in zip(one.values(), other.values(), strict=True)
+    )
 
 
 def _meant(name: str, names: Iterable[str]) -> str:

@@ -19,10 +19,11 @@ MAX_STEM_BYTES = 100
 #: 48 bits: in a folder of 1000 rows with one cleaned form, two share a hash once in 500 million folders.
 HASH_DIGITS = 12
 
-_SAFE = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
-_HASHED = re.compile(rf".*-[0-9a-f]{{{HASH_DIGITS}}}", re.IGNORECASE | re.DOTALL)
 #: Device names on Windows, with any extension: the part before the first dot decides.
-_RESERVED = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?", re.IGNORECASE | re.DOTALL)
+_DEVICE = r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|\Z)"
+_RESERVED = re.compile(_DEVICE)
+_SAFE = re.compile(rf"(?!{_DEVICE})[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
+_HASHED = re.compile(rf"-[0-9a-fA-F]{{{HASH_DIGITS}}}\Z")
 _EXTENSION = re.compile(r"[a-z0-9]{1,8}")
 
 
@@ -34,7 +35,8 @@ def stem(id: str | None, line: int, key: str) -> str:
     """
     if id is None:
         return f"{line:06d}-{_digest(key)}"
-    if _is_safe(id) and not _HASHED.fullmatch(id):
+    is_safe = len(id) <= MAX_STEM_BYTES and _SAFE.fullmatch(id)
+    if is_safe and not _HASHED.match(id, len(id) - HASH_DIGITS - 1):
         return id
     return stem_with_hash(id)
 
@@ -43,7 +45,7 @@ def stem_with_hash(id: str) -> str:
     """A safe stem for any id that differs from all others' even where case does not count."""
     plain = "".join(char for char in unicodedata.normalize("NFKD", id) if not unicodedata.combining(char))
     clean = re.sub(r"[^A-Za-z0-9._-]+", "_", plain).lstrip(".-") or "_"
-    if _RESERVED.fullmatch(clean):
+    if _RESERVED.match(clean):
         clean = "_" + clean
     return f"{clean[: MAX_STEM_BYTES - HASH_DIGITS - 1]}-{_digest(id)}"
 
@@ -68,10 +70,6 @@ def image_path(seq: int, stem: str, index: int, extension: str) -> str:
 def partial_path(seq: int, stem: str, index: int) -> str:
     """Where an image is gathered while it is downloaded, relative to the run folder; unique in the run."""
     return f"partial/{seq}-{stem}_{index}.part"
-
-
-def _is_safe(id: str) -> bool:
-    return len(id) <= MAX_STEM_BYTES and bool(_SAFE.fullmatch(id)) and not _RESERVED.fullmatch(id)
 
 
 def _digest(text: str) -> str:

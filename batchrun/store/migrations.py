@@ -10,7 +10,7 @@ from batchrun.errors import StoreTooNew
 
 
 def _first(connection: sqlite3.Connection) -> None:
-    for statement in _statements(Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")):
+    for statement in _schema():
         connection.execute(statement)
 
 
@@ -34,6 +34,18 @@ def _fifth(connection: sqlite3.Connection) -> None:
     connection.execute("CREATE TABLE whole (place INTEGER PRIMARY KEY, mark TEXT NOT NULL) STRICT")
 
 
+def _sixth(connection: sqlite3.Connection) -> None:
+    # the conditions of these were lists, made into a table for each row that changed
+    for statement in _schema():
+        if statement.startswith(("CREATE INDEX rows_unfinished", "CREATE INDEX rows_troubled")):
+            connection.execute(f"DROP INDEX {statement.split()[2]}")
+            connection.execute(statement)
+
+
+def _schema() -> list[str]:
+    return _statements(Path(__file__).with_name("schema.sql").read_text(encoding="utf-8"))
+
+
 def _statements(script: str) -> list[str]:
     """The statements of a script; executescript() would commit, and a step must be whole or absent."""
     lines = [line.split("--")[0] for line in script.splitlines()]
@@ -41,7 +53,7 @@ def _statements(script: str) -> list[str]:
 
 
 #: In order; the file's user_version counts how many have run.
-STEPS: tuple[Callable[[sqlite3.Connection], None], ...] = (_first, _second, _third, _fourth, _fifth)
+STEPS: tuple[Callable[[sqlite3.Connection], None], ...] = (_first, _second, _third, _fourth, _fifth, _sixth)
 
 
 def migrate(connection: sqlite3.Connection) -> None:

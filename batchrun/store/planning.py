@@ -18,10 +18,11 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import chain, islice, repeat
+from typing import Any, NamedTuple
 
 from batchrun.model import State
 from batchrun.rules.naming import stem, stem_with_hash
@@ -35,6 +36,12 @@ from batchrun.store.records import cells_given, dumps
 #: Staged rows are written in groups of this many, or of so many characters: a row may have megabytes.
 GROUP = 2000
 GROUP_CHARS = 4_000_000
+#: Rows of one INSERT: most of what a statement costs is not paid by the row. More were not quicker.
+_AT_ONCE = 50
+_INTO = "INSERT INTO main.rows (line, id, content, own, tool, given, extra, images, key, name, state) VALUES "
+_VALUES = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'planned')"
+_INSERT_ONE = _INTO + _VALUES
+_INSERT_MANY = _INTO + ", ".join([_VALUES] * _AT_ONCE)
 
 _STAGED = """
 CREATE TEMP TABLE staged (
@@ -75,6 +82,28 @@ class Staged(NamedTuple):
     cells: str | None
     #: What is wrong with an invalid row; None for a good one.
     message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StagedBlock:
+    """Requests of one tool that carry nothing beside parameters, none of them wrong, by the column."""
+
+    lines: Sequence[int]
+    ids: Sequence[str | None]
+    contents: Sequence[bytes]
+    own: Sequence[bytes]
+    tool: int
+    given: Sequence[str]
+    images: Sequence[int]
+    #: By place in the block; no others have any.
+    cells: Mapping[int, str]
+
+    def row(self, at: int) -> Staged:
+        """One of them by itself."""
+        return Staged(
+            self.lines[at], self.ids[at], self.contents[at], self.own[at], self.tool, self.given[at], "{}",
+            self.images[at], self.cells.get(at),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,22 +189,33 @@ class Planning:
             self._tools[description] = read_value(self.connection, query, (description,))
         return self._tools[description]
 
-    def stage(self, rows: Sequence[Staged]) -> None:
-        """Add requests, in manifest order."""
-        self._group += rows
-        for row in rows:
-            self._group_chars += len(row.given) + len(row.extra) + len(row.cells or "")
+    def stage(self, row: Staged) -> None:
+        """Add a request, in manifest order."""
+        self._group.append(row)
+        self._group_chars += len(row.given) + len(row.extra) + len(row.cells or "")
         if len(self._group) >= GROUP or self._group_chars >= GROUP_CHARS:
             self._flush()
 
+    def stage_block(self, block: StagedBlock) -> None:
+        """Add requests, in manifest order."""
+        if self._indexes is None:
+            for at in range(len(block.lines)):
+                self.stage(block.row(at))
+            return
+        if self._group:
+            self._flush()
+        self._begin()
+        self._place(
+            block.lines, block.ids, block.contents, block.own, repeat(block.tool), block.given, repeat("{}"),
+            block.images,
+        )  # fmt: skip
+        self._keep(block.cells.items())
+        self._rows[block.tool] += len(block.lines)
+        self._images[block.tool] += sum(block.images)
+
     def _flush(self) -> None:
         group, self._group, self._group_chars = self._group, [], 0
-        staged = self._rows.total()
-        for row in group:
-            self._rows[row.tool] += 1
-            self._images[row.tool] += row.images
-        if not self._is_begun:
-            self._begin()
+        self._begin()
         if self._indexes is None:
             with self._transaction("BEGIN"):
                 self.connection.executemany(
@@ -183,29 +223,67 @@ class Planning:
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     group,
                 )
-            return
+        elif group:
+            *columns, cells, messages = zip(*group, strict=True)
+            self._place(*columns)
+            self._keep((at, text) for at, text in enumerate(cells) if text is not None)
+            self._refuse((at, message) for at, message in enumerate(messages) if message is not None)
+        for row in group:
+            self._rows[row.tool] += 1
+            self._images[row.tool] += row.images
+
+    def _place(
+        self,
+        lines: Sequence[int],
+        ids: Sequence[str | None],
+        contents: Sequence[bytes],
+        own: Sequence[bytes],
+        *others: Iterable[Any],
+    ) -> None:
+        """Rows of the first reading, by the column, to their place."""
+        keys = [
+            f"{content.hex()}.1" if id_ is None else f"id:{id_}"
+            for id_, content in zip(ids, contents, strict=True)
+        ]
+        names = list(map(stem, ids, lines, keys))
+        # sqlite3 takes a bytearray as it is, but asks around for what adapts bytes, at six times the cost
+        hashes = list(map(bytearray, contents))
+        own_hashes = hashes if own is contents else list(map(bytearray, own))
+        rows = zip(lines, ids, hashes, own_hashes, *others, keys, names)  # some of `others` have no end
+        for _ in range(len(lines) // _AT_ONCE):
+            self._run(_INSERT_MANY, list(chain.from_iterable(islice(rows, _AT_ONCE))))
+        self.connection.executemany(_INSERT_ONE, rows)
+
+    def _keep(self, cells: Iterable[tuple[int, str]]) -> None:
+        """Rows as the manifest has them, by their place among those just inserted."""
+        before = self._rows.total() + 1
         self.connection.executemany(
-            "INSERT INTO main.rows (line, id, content, own, tool, given, extra, images, key, state, cause, "
-            "message, name) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, "
-            "coalesce('id:' || ?2, lower(hex(?3)) || '.1'), iif(?10 IS NULL, 'planned', 'invalid'), "
-            "iif(?10 IS NULL, NULL, 'invalid row'), ?10, ?11)",
-            [(*row, stem(row.id, row.line, "" if row.id else f"{row.content.hex()}.1")) for row in group],
+            "INSERT INTO main.sources (row, cells) VALUES (?, ?)", [(before + at, text) for at, text in cells]
         )
-        sources = [(seq, row.cells) for seq, row in enumerate(group, staged + 1) if row.cells is not None]
-        if sources:
-            self.connection.executemany("INSERT INTO main.sources (row, cells) VALUES (?, ?)", sources)
+
+    def _refuse(self, messages: Iterable[tuple[int, str]]) -> None:
+        """Rows that are wrong, by their place among those just inserted."""
+        before = self._rows.total() + 1
+        self.connection.executemany(
+            "UPDATE main.rows SET state = 'invalid', cause = 'invalid row', message = ? WHERE seq = ?",
+            [(message, before + at) for at, message in messages],
+        )
 
     def _begin(self) -> None:
+        if self._is_begun:
+            return
         self._is_begun = True
         if self._indexes is None:
             self._run("DROP TABLE IF EXISTS temp.staged")
             self._run(_STAGED)
             return
-        self._run("PRAGMA foreign_keys = OFF")  # the tools' numbers are our own
+        self._run("PRAGMA foreign_keys = OFF")  # the tools' numbers are our own,
+        self._run("PRAGMA ignore_check_constraints = ON")  # and so are the states: looked up row by row
         self._run("BEGIN IMMEDIATE")
         self._indexes.update(
             self._run(
-                "SELECT name, sql FROM main.sqlite_schema WHERE type = 'index' AND tbl_name = 'rows'"
+                "SELECT name, sql FROM main.sqlite_schema WHERE type = 'index' AND tbl_name = 'rows' "
+                "AND sql NOT LIKE '%WHERE % IS NOT NULL'"  # those stay empty, and making one reads every row
             ).fetchall()
         )
         for name in self._indexes:
@@ -255,11 +333,10 @@ class Planning:
         """Requests, expected images, and how many requests that can be made repeat another."""
         self._read_all()
         if self._identical is None:
-            self._identical = read_value(
-                self.connection,
-                "SELECT coalesce(sum(times - 1), 0) FROM (SELECT count(*) AS times "
-                f"FROM {self._table[0]} WHERE message IS NULL GROUP BY content)",
-            )
+            valid = "WHERE message IS NULL" if self._rows[None] else ""
+            query = f"SELECT count(*) FROM (SELECT 1 FROM {self._table[0]} {valid} GROUP BY content)"
+            different = read_value(self.connection, query)
+            self._identical = self._rows.total() - self._rows[None] - different
         return self._rows.total(), self._images.total(), self._identical
 
     def merge(
@@ -282,7 +359,7 @@ class Planning:
                 self._take_first()
                 merged = Merged(
                     rows=rows, images=images, new=rows, replaced=0, changed=0, rerun=0, gone=0,
-                    invalid=self._rows[None], identical=identical, by_tool=self._planned_by_tool(),
+                    invalid=self._rows[None], identical=identical, by_tool=self._first_by_tool(),
                 )  # fmt: skip
             else:
                 self._number()
@@ -305,6 +382,7 @@ class Planning:
             self._run("ROLLBACK")
         self._run("DROP TABLE IF EXISTS temp.staged")
         self._run("PRAGMA foreign_keys = ON")
+        self._run("PRAGMA ignore_check_constraints = OFF")
         self._is_begun = False
 
     # --- the first reading ----------------------------------------------------------------------------
@@ -336,13 +414,24 @@ class Planning:
                     "AS number FROM main.rows) AS same WHERE same.seq = known.seq AND number > 1"
                 )
                 self._run(statement)
-        self._settle_invalid()
         invalid = self._rows[None]
+        if invalid:
+            self._settle_invalid()
         self._run("DELETE FROM counts")
         self.connection.executemany(
             "INSERT INTO counts (state, rows) VALUES (?, ?)",
             [(State.PLANNED, self._rows.total() - invalid), (State.INVALID, invalid)],
         )
+
+    def _first_by_tool(self) -> dict[str, tuple[int, int]]:
+        by_tool: dict[str, tuple[int, int]] = {}
+        for number, rows in self._rows.items():
+            if number is not None:
+                query = "SELECT json_extract(description, '$.run_path') FROM tools WHERE id = ?"
+                run_path = read_value(self.connection, query, (number,))
+                before = by_tool.get(run_path, (0, 0))
+                by_tool[run_path] = before[0] + rows, before[1] + self._images[number]
+        return by_tool
 
     # --- which row is which -------------------------------------------------------------------------
 

@@ -23,8 +23,12 @@ from batchrun.store.records import (
 )
 
 #: The conditions of the partial indexes, word for word: SQLite takes one only where a query holds it.
-UNFINISHED = "state IN ('planned', 'submitting', 'in_flight', 'in_doubt', 'finished')"
-TROUBLED = "state IN ('failed', 'cancelled', 'invalid', 'in_doubt')"
+#: Without IN: in an index its list would be made into a table anew for each row that changes.
+UNFINISHED = (
+    "(state = 'planned' OR state = 'submitting' OR state = 'in_flight' OR state = 'in_doubt' "
+    "OR state = 'finished')"
+)
+TROUBLED = "(state = 'failed' OR state = 'cancelled' OR state = 'invalid' OR state = 'in_doubt')"
 #: A row by its id or its file name.
 _NAMED = "(key = 'id:' || ?1 OR (name = ?1 COLLATE NOCASE AND name = ?1))"
 

@@ -68,7 +68,7 @@ def cells_given(id: str | None, given: Mapping[str, Any], columns: Collection[st
         if columns is None:
             cells[name] = value
         elif name in columns:  # others are from --set
-            cells[name] = value if isinstance(value, str) else dumps(value)
+            cells[name] = str(value) if type(value) in (str, int) else dumps(value)
     return cells
 
 

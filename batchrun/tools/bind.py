@@ -22,6 +22,7 @@ from batchrun.tools.values import (
     Refused,
     image_address,
     is_image,
+    is_seed,
     is_text,
     plain,
     reader,
@@ -102,9 +103,11 @@ class Binder:
         self.names: tuple[str, ...] = (*(p.name for p in tool.parameters), *self._owners)
         self._known = frozenset(self.names)
         self._init_image = next((p.name for p in tool.parameters if p.label == _INIT_IMAGE_LABEL), None)
-        #: Parameters that are texts, and those that hold images.
+        #: Parameters that are texts, those that hold images, and those that take any whole number.
         self.texts = frozenset(p.name for p in tool.parameters if is_text(p))
         self.images = frozenset(self._images)
+        whole = (p.name for p in tool.parameters if p.type == "number" or is_seed(p))
+        self.numbers = frozenset(whole) - self.images
         samples = tool.parameter(_SAMPLES)
         self._samples = int(samples.default) if samples and samples.default.isdecimal() else 1
 

@@ -7,9 +7,11 @@ import io
 import sqlite3
 import tempfile
 from collections.abc import Iterator
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +22,7 @@ from batchrun.plan.reading import Reading
 from batchrun.store.migrations import migrate
 from batchrun.store.planning import Planning, form_json
 from batchrun.tools.catalog import load
+from batchrun.tools.values import STORY
 
 COLUMNS = {
     "id": st.one_of(st.uuids().map(str), st.sampled_from(["", " padded ", "A", "a", "con", "ä/ö", "7"])),
@@ -43,6 +46,10 @@ SETS: list[dict[str, Any]] = [
     {}, {"samples": 1}, {"steps": 30, "samples": "2"}, {"prompt": "é"}, {"steps": "x"}, {"seed": [1, 2]},
     {"negativePrompt": " "}, {"inputImageUrl": "https://x.test/b.png"},
 ]  # fmt: skip
+#: More than are inserted at once, a wrong one and a padded one among them; ids on most.
+MANY = "id,prompt,steps\n" + "".join(
+    f"{'' if n % 7 == 0 else n},picture {n // 3},{ {99: 'x', 130: '20.0'}.get(n, 20) }\n" for n in range(260)
+)
 TOOLS = ["Retro-Cartoons", "instant-id", "text-to-image-sd-lora", "story-diffusion-advanced"]
 
 
@@ -120,9 +127,40 @@ def read(job: Job, path: Path, *, one_by_one: bool) -> tuple[Any, ...]:
     names={"negativePrompt": "prompt"},
     extra="error",
 )
+@example(text=MANY, tool=TOOLS[0], set_values={}, names={}, extra="error")
+@example(text=MANY.replace(",x\n", ",20\n"), tool=TOOLS[0], set_values={}, names={}, extra="error")
 def test_rows_bound_together_are_what_each_is_by_itself(text, tool, set_values, names, extra):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "list.csv"
         path.write_text(text, encoding="utf-8", newline="")
         job = job_for(path, tool=tool, set=set_values, map=names, extra=extra)
         assert read(job, path, one_by_one=False) == read(job, path, one_by_one=True)
+
+
+#: Blocks of rows after so many different cells that a column does not look for the same ones any more: each
+#: with one cell that does not stand as it is in JSON, or is not sent as it is.
+ODD = [
+    {}, {"prompt": 'a "cat"'}, {"prompt": "a\\b"}, {"prompt": "tab\t"}, {"prompt": "\x7f"}, {"prompt": " "},
+    {"prompt": ""}, {"prompt": "é 😀"}, {"prompt": "\u2028"}, {"seed": ""}, {"seed": " 7"}, {"seed": "007"},
+    {"seed": "+7"}, {"seed": "0"}, {"seed": "7.0"}, {"seed": "٣"}, {"seed": "random"}, {"seed": "seven"},
+    {"seed": "9" * 18}, {"seed": "9" * 19}, {"seed": "9" * 30}, {"negativePrompt": " "},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tool", "text"), [("Retro-Cartoons", "prompt"), ("story-diffusion-advanced", STORY)]
+)
+def test_columns_of_different_cells_are_what_each_row_is_by_itself(
+    tmp_path: Path, tool: str, text: str
+) -> None:
+    path = tmp_path / "list.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["id", text, "negativePrompt", "seed"])
+        numbers = count(1)
+        for odd in [{}] * 4 + ODD:
+            for n in islice(numbers, 500):
+                row = {"prompt": f"picture {n}", "negativePrompt": f"no {n}", "seed": n}
+                rows.writerow([n, *(row | odd if n % 500 == 250 else row).values()])
+    job = job_for(path, tool=tool)
+    assert read(job, path, one_by_one=False) == read(job, path, one_by_one=True)

@@ -8,6 +8,7 @@ import os
 import shutil
 import sqlite3
 from contextlib import closing
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def test_a_kill_while_a_manifest_is_read_leaves_a_state_that_plans_again(tmp_pat
         planning = Planning(connection)
         number = planning.tool(TOOL)
         connection.execute("PRAGMA cache_size = 10")  # so that much of it is on disk already
-        planning.stage([staged(line)._replace(tool=number) for line in range(2, 3 * GROUP)])
+        for line in range(2, 3 * GROUP):
+            planning.stage(staged(line)._replace(tool=number))
         planning.summary()
         for end in ("", "-wal", "-shm"):
             shutil.copy(tmp_path / f"live.sqlite3{end}", tmp_path / f"state.sqlite3{end}")
@@ -96,7 +98,11 @@ def test_a_state_of_the_form_before_is_brought_up_to_date_and_read_into_again(
     script = Path(migrations.__file__).with_name("schema.sql").read_text(encoding="utf-8")
     before = "\n".join(line for line in script.splitlines() if "rows_key" not in line)
     before = before.replace("key TEXT NOT NULL,  ", "key TEXT NOT NULL UNIQUE,  ")
+    before = before.replace(
+        "WHERE state = 'failed' OR state = 'cancelled'", "WHERE state IN ('failed', 'cancelled')"
+    )
     assert "UNIQUE" in before
+    assert "WHERE state IN" in before
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         for statement in migrations._statements(before):
             connection.execute(statement)
@@ -116,6 +122,10 @@ def test_a_state_of_the_form_before_is_brought_up_to_date_and_read_into_again(
             connection.execute("UPDATE rows SET state = 'done' WHERE seq = 1")
         migrate(connection)
         assert connection.execute("PRAGMA user_version").fetchone() == (len(STEPS),)
+        with scratch() as fresh:
+            assert indexes_of(fresh) - indexes_of(connection) == {
+                index for index in indexes_of(fresh) if index[0] == "rows_key"
+            }
         assert merge(connection, wanted).new == (1 if has_rows else 4)
         states = [record[5] for record in rows_of(connection)]
         assert states == ["done" if has_rows else "planned", "planned", "planned", "planned"]
@@ -141,6 +151,24 @@ def test_rows_are_given_back_as_the_manifest_has_them_whether_that_is_kept_or_to
         assert plans.sources() == told
         rejected = plans.do(plans.store.planning(lambda c: read_rejected(c, after_seq=0, limit=9)))
         assert rejected == []
+
+
+def test_rows_of_json_are_given_back_to_the_letter_whether_that_is_kept_or_told(tmp_path: Path) -> None:
+    lines = {
+        '{"id": "a", "prompt": "é", "steps": 20, "scale": "7.5"}': "told",
+        '{"id": "b", "prompt": "x", "steps": "20"}': "kept",
+        '{"prompt": "x", "steps": 20, "id": "c"}': "kept",  # told, the id would come first
+        '{"id": "d", "prompt": "x", "scale": 7.50}': "kept",
+        '{"id": 5, "prompt": "x"}': "kept",
+        '{"id": "f", "prompt": "x", "seed": null}': "kept",
+        '{"prompt": "x"}': "told",
+    }
+    with Plans(tmp_path) as plans:
+        plans.take("\n".join(lines), name="list.jsonl")
+        kept = plans.do(plans.store.planning(lambda c: c.execute("SELECT row FROM sources").fetchall()))
+        assert kept == [(seq,) for seq, how in enumerate(lines.values(), 1) if how == "kept"]
+        given = [list(source.items()) for source in plans.sources()]
+        assert given == [list(json.loads(line, parse_float=Decimal).items()) for line in lines]
 
 
 def test_a_manifest_that_the_system_shows_unchanged_is_not_read_to_be_told(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def merge(
     planning = Planning(connection)
     number = planning.tool(TOOL)
     for row in rows:
-        planning.stage([row._replace(tool=number) if row.tool else row])
+        planning.stage(row._replace(tool=number) if row.tool else row)
     assert not list(planning.duplicates())
     return planning.merge(
         manifest="/list.csv", job="{}", at=1.0, stamp=stamp, form="{}", rerun_changed=rerun_changed
