@@ -15,7 +15,7 @@ import pytest
 from batchrun import errors
 from batchrun.dispatch.track import MAX_LOOKS, UNKNOWN_TASK, Ended, Left, Tracker
 from batchrun.model import RemoteOutput, Task
-from batchrun.rules.pace import CEILING_S, FLOOR_S, STUCK_S
+from batchrun.rules.pace import ADVICE_S, BURST, CEILING_S, FLOOR_S, STUCK_S
 from batchrun.rules.policy import (
     ERROR_PATIENCE_S,
     OUTPUTS_PATIENCE_S,
@@ -124,7 +124,7 @@ async def test_looks_at_a_task_keep_their_distance() -> None:
     await followed(looks)
     assert min(looks.gaps()) >= FLOOR_S
     assert max(looks.gaps()) <= CEILING_S + 1
-    assert len(looks.seen) < 80
+    assert len(looks.seen) <= BURST + 400 / ADVICE_S + 1
 
 
 @virtual_time
