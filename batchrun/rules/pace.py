@@ -26,7 +26,7 @@ ADVICE_S = 3.0
 #: ... beyond so many that may come together around the task's expected end,
 BURST = 4
 #: and beyond so many that every task needs, on average over tasks.
-NEEDED = 1.3
+NEEDED = 1.35
 #: A task that has begun is taken for stuck no sooner than this, and after this at the latest.
 STUCK_S = (300.0, 3600.0)
 #: Statuses of tasks that have not begun, and how long they may take.
