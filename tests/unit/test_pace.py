@@ -20,12 +20,15 @@ from batchrun.rules.pace import (
     KEPT,
     PRICE_S,
     PRICES_S,
+    QUEUED_S,
+    STUCK_S,
     Budget,
     Durations,
     Spread,
     advised_s,
     looks_allowed,
     next_price_s,
+    stuck_after_s,
     unknown,
 )
 
@@ -259,6 +262,23 @@ def test_what_many_tasks_are_allowed_stays_within_the_budget() -> None:
     assert looks_allowed(9.0, active=16, budget_per_s=50) > 4
     assert looks_allowed(9.0, active=1, budget_per_s=50) > looks_allowed(9.0, active=16, budget_per_s=50)
     assert looks_allowed(9.0, active=1000, budget_per_s=50) * 1000 / 9.0 < 50
+
+
+@pytest.mark.parametrize(
+    ("status", "longest_s", "after_s"),
+    [
+        ("task_queue", None, QUEUED_S),  # it waits for other people's tasks
+        ("", 1.0, QUEUED_S),
+        ("task_start", None, STUCK_S[1]),
+        ("task_start", 1.0, STUCK_S[0]),
+        ("task_start", 60.0, 20 * 60.0),
+        ("task_start", 1e6, STUCK_S[1]),
+    ],
+)
+def test_a_task_is_taken_for_stuck_by_what_is_slow_for_its_tool(
+    status: str, longest_s: float | None, after_s: float
+) -> None:
+    assert stuck_after_s(status, longest_s) == after_s
 
 
 def test_a_price_moves_to_where_looks_are_as_many_as_allowed_and_stays_within_bounds() -> None:

@@ -59,6 +59,8 @@ class Service:
         self.list_error: Exception | None = None
         self.hides: set[str] = set()
         self.fails = False
+        #: Ended tasks show their images so much later.
+        self.late_s = 0.0
 
     def make(self) -> str:
         for _ in range(self.others):
@@ -72,8 +74,8 @@ class Service:
         if late_s < 0:
             return Task(str(number), status="task_start")
         self.lag_s.setdefault(str(number), late_s)
-        if self.fails:
-            return Task(str(number), status="task_postprocess_end", pexit="1")
+        if self.fails or late_s < self.late_s:
+            return Task(str(number), status="task_postprocess_end", pexit="1" if self.fails else "0")
         return Task(str(number), status="task_postprocess_end", pexit="0", outputs=(IMAGE,))
 
     async def detail(self, task_id: str, token: str = "") -> Task | None:
@@ -202,3 +204,12 @@ async def test_an_end_without_images_is_confirmed_by_a_look() -> None:
     verdicts = await follow_all(service, 100)
     assert {type(verdict) for verdict in verdicts} == {TaskFailed}
     assert service.details >= 100
+
+
+@virtual_time
+async def test_images_that_come_later_than_the_end_are_looked_for_soon() -> None:
+    service = Service()
+    service.late_s = 2.0
+    begun_at = anyio.current_time()
+    assert set(await follow_all(service, 100)) == {Succeeded()}
+    assert anyio.current_time() - begun_at < 100 / 20 + 9 + 2.0 + 5
