@@ -189,6 +189,21 @@ async def test_a_task_said_to_have_ended_during_a_look_is_looked_at_again_at_onc
 
 
 @virtual_time
+async def test_an_end_that_a_page_shows_during_a_look_counts_once() -> None:
+    looks = Looks(after(0, DONE))
+    looks.takes_s = 5.0
+    async with tracking(looks) as tracker, anyio.create_task_group() as group:
+        group.start_soon(lambda: tracker.follow(task_id="1", token="t", tool=1))
+        while not looks.running:
+            await anyio.sleep(0.01)
+        watch = tracker.watches["1"]
+        tracker.listed(watch, DONE, asked_at=anyio.current_time())
+        await anyio.sleep(10.0)
+        assert watch.result == (DONE, Succeeded())
+        assert len(looks.seen) == len(tracker.durations[1].seen) == 1
+
+
+@virtual_time
 async def test_looks_that_others_ask_for_take_the_place_of_planned_ones() -> None:
     looks = Looks(after(400, DONE))
     async with tracking(looks) as tracker, anyio.create_task_group() as group:
