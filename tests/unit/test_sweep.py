@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from batchrun import errors
-from batchrun.dispatch.sweep import AGAIN_S, FROM, MAX_PAGES, UNTIL, Sweeps
+from batchrun.dispatch.sweep import AGAIN_S, FROM, LEAST_FAILURES, MAX_PAGES, UNTIL, Sweeps
 from batchrun.dispatch.track import BUDGET_PER_S, Tracker
 from batchrun.model import RemoteOutput, Task
 from batchrun.rules.pages import MARGIN, PAGE, Page, best
@@ -172,17 +172,23 @@ async def test_few_tasks_are_looked_at_one_by_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "error",
-    [errors.NotFound("no such endpoint"), errors.ServerFault("502"), errors.ProtocolError("nonsense")],
-    ids=lambda error: type(error).__name__,
+    ("error", "tries"),
+    [
+        (errors.NotFound("no such endpoint"), 1),  # the word is final
+        (errors.ServerFault("502"), LEAST_FAILURES),
+        (errors.ProtocolError("nonsense"), LEAST_FAILURES),
+    ],
+    ids=lambda value: type(value).__name__,
 )
 @virtual_time
-async def test_where_the_list_fails_single_looks_take_over_and_it_is_said_once(error: Exception) -> None:
+async def test_where_the_list_fails_single_looks_take_over_and_it_is_said_once(
+    error: Exception, tries: int
+) -> None:
     service, notes = Service(), list[str]()
     service.list_error = error
     assert set(await follow_all(service, 330, notes=notes, per_s=5)) == {Succeeded()}  # beyond AGAIN_S
     assert len(notes) == 1
-    assert 1 < service.lists <= 3 * 3
+    assert service.lists == 2 * tries  # at first, and after AGAIN_S
     assert mean_lag_s(service) < 2.0
 
 
