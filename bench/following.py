@@ -22,7 +22,7 @@ import anyio
 
 from batchrun.dispatch.hearing import Hearing
 from batchrun.dispatch.sweep import Sweeps
-from batchrun.dispatch.track import Tracker
+from batchrun.dispatch.track import ADAPT_S, Tracker
 from batchrun.rules import pace
 from batchrun.rules.pace import Durations, Spread
 from batchrun.settings import credentials
@@ -177,25 +177,31 @@ def _point(price_s: float | None, every: Callable[[float], float] | None = None)
     rng, numbers, durations = Random(7), count(), Durations()
     durations.price_s = price_s or durations.price_s
     next_look_s = every or durations.next_look_s
-    agenda: list[tuple[float, int, float, float, float]] = []
-    looks, made, lags = 0, 0, []
+    agenda: list[tuple[float, int, float, float]] = []  # due at, task, begun at, seconds
+    seen_s: dict[int, float] = {}  # the age of each task when it was last seen unfinished
+    looks, made, ticked_at, lags = 0, 0, 0.0, []
 
     def begin(at: float) -> None:
+        task = next(numbers)
+        seen_s[task] = 0.0
         seconds = rng.lognormvariate(math.log(6), SIGMA)
-        heapq.heappush(agenda, (at + next_look_s(0.0), next(numbers), at, seconds, 0.0))
+        heapq.heappush(agenda, (at + next_look_s(0.0), task, at, seconds))
 
     for made in range(1, 25):
         begin(made * 0.1)
     while agenda:
-        at, _, begun_at, seconds, seen_s = heapq.heappop(agenda)
+        at, task, begun_at, seconds = heapq.heappop(agenda)
+        if at > ticked_at + ADAPT_S:
+            ticked_at = at
+            durations.running(list(seen_s.values()))
         age_s = at - begun_at
         looks += 1
         if age_s < seconds:
-            again_at = at + next_look_s(age_s)
-            heapq.heappush(agenda, (again_at, next(numbers), begun_at, seconds, age_s))
+            seen_s[task] = age_s
+            heapq.heappush(agenda, (at + next_look_s(age_s), task, begun_at, seconds))
             continue
         lags.append(age_s - seconds)
-        durations.add(age_s, over_s=seen_s)
+        durations.add(age_s, over_s=seen_s.pop(task))
         if made < POINT_TASKS:
             made += 1
             begin(at)

@@ -51,6 +51,8 @@ class _Entry:
     #: Its place when it was last known, from 0, and how many tasks we had submitted then.
     place: int
     submitted: int
+    #: How many we had submitted with this one.
+    ordinal: int
     misses: int = 0
 
 
@@ -68,6 +70,8 @@ class Sweeps:
         self._note = note
         self._entries: dict[Watch, _Entry] = {}
         self._submitted = 0
+        #: Places in the list for each task of ours: more than one where others submit too.
+        self._crowd = 1.0
         self._is_on = False
         self._under_way = 0
         self._failures = 0
@@ -86,7 +90,9 @@ class Sweeps:
         """The task is followed from now on."""
         if watch.task_id.isdecimal():
             self._submitted += watch.fresh
-            self._entries[watch] = _Entry(watch, int(watch.task_id), 0, self._submitted)
+            self._entries[watch] = _Entry(
+                watch, int(watch.task_id), place=0, submitted=self._submitted, ordinal=self._submitted
+            )
 
     def end(self, watch: Watch) -> None:
         """The task is not followed any more."""
@@ -159,10 +165,11 @@ class Sweeps:
         return most
 
     def _places(self, entries: list[_Entry]) -> list[int]:
-        """Where tasks, the newest first, stand by now: what we submitted since has pushed them down."""
+        """Where tasks, the newest first, stand by now: what was submitted since has pushed them down."""
         places, least = [], 0
         for entry in entries:
-            least = max(least, entry.place + self._submitted - entry.submitted)
+            pushed = round(self._crowd * (self._submitted - entry.submitted))
+            least = max(least, entry.place + pushed)
             places.append(least)
             least += 1
         return places
@@ -194,15 +201,18 @@ class Sweeps:
     def _take(
         self, page: Page, tasks: list[Task], meant: list[_Entry], *, asked_at: float, submitted: int
     ) -> None:
-        shown = 0
+        shown: list[_Entry] = []
         for at, task in enumerate(tasks):
             watch = self._tracker.watches.get(task.id)
             entry = self._entries.get(watch) if watch is not None else None
             if entry is None:
                 continue
-            shown += 1
+            shown.append(entry)
             entry.place, entry.submitted, entry.misses = page.start + at, submitted, 0
             self._tracker.listed(entry.watch, task, asked_at=asked_at)
+        fresh = [entry for entry in shown if entry.watch.fresh]
+        if fresh and (between := fresh[0].ordinal - fresh[-1].ordinal) > 0:
+            self._crowd = max(1.0, (fresh[-1].place - fresh[0].place) / between)
         absent = [entry for entry in meant if entry.watch.seen_at < asked_at and entry.watch in self._entries]
         missed = [entry for entry in absent if not self._moved(entry, page, tasks, submitted)]
         for entry in missed:

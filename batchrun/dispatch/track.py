@@ -123,6 +123,10 @@ class Watch:
     looking: bool = False
     again: bool = False
 
+    def over_s(self, seen_at: float) -> float:
+        """How long the task has run at least, when it was seen unfinished then."""
+        return max(0.0, seen_at - (self.ran_at or self.begun_at))
+
 
 class Tracker:
     """Follows the active tasks of a run."""
@@ -220,9 +224,15 @@ class Tracker:
         return any(cover.covers(watch) for cover in self._covers)
 
     async def _adapt(self) -> None:
-        """Keep looks as dear as the number of tasks that need them asks for."""
+        """Learn from tasks under way; keep looks as dear as the number of tasks that need them asks for."""
         while True:
             await anyio.sleep(ADAPT_S)
+            unfinished_s: defaultdict[int, list[float]] = defaultdict(list)
+            for watch in self.watches.values():
+                if watch.fresh:
+                    unfinished_s[watch.tool].append(watch.over_s(watch.seen_at))
+            for tool, ages_s in unfinished_s.items():
+                self.durations[tool].running(ages_s)
             active = Counter(watch.tool for watch in self.watches.values() if not self._is_covered(watch))
             for tool in active:
                 self.durations[tool].adapt(active=active.total(), budget_per_s=self.budget.per_s)
@@ -342,7 +352,7 @@ class Tracker:
 
     def _learn(self, watch: Watch, task: Task, *, over_at: float, by_at: float) -> None:
         """Remember how long the task took: as the service tells, where our looks do not say otherwise."""
-        over_s = max(0.0, over_at - (watch.ran_at or watch.begun_at))
+        over_s = watch.over_s(over_at)
         by_s = max(over_s, by_at - watch.begun_at)
         told_s = float(task.elapsed_s) if task.elapsed_s else -1.0
         if over_s - CLOCK_SLACK_S <= told_s <= by_s + CLOCK_SLACK_S:

@@ -2,16 +2,17 @@
 
 A look costs a request and a late look costs waiting, so a look has a *price*: the seconds of waiting that are
 worth one request. Durations are known through looks: a task seen unfinished at one age and ended at a later
-one took something in between. From the newest of these, a `Spread` says how likely a task is to have ended by
-which age, and the cheapest schedule of looks follows by going backwards through the ages. The price adapts:
-few tasks are watched closely, many cheaply, and all share one budget of requests per second.
+one took something in between, and one under way takes longer than it has so far. From the newest of these, a
+`Spread` says how likely a task is to have ended by which age, and the cheapest schedule of looks follows by
+going backwards through the ages. The price adapts: few tasks are watched closely, many cheaply, and all share
+one budget of requests per second.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -20,14 +21,12 @@ from itertools import accumulate, pairwise
 FLOOR_S = 0.1
 #: Looks at one task are never further apart than this: durations may shift, and machines sleep.
 CEILING_S = 30.0
-#: The first look while a tool's durations are unknown comes no later than this.
-FIRST_LOOK_S = 1.5
 #: The service's advice: Details of one task about this far apart, over time (wiro-api.md, Tracking) ...
 ADVICE_S = 3.0
 #: ... beyond so many that may come together around the task's expected end,
 BURST = 4
 #: and beyond so many that every task needs, on average over tasks.
-NEEDED = 1.4
+NEEDED = 1.35
 #: A task that has begun is taken for stuck no sooner than this, and after this at the latest.
 STUCK_S = (300.0, 3600.0)
 #: Statuses of tasks that have not begun, and how long they may take.
@@ -55,6 +54,10 @@ _PRIOR_MEDIAN_S, _PRIOR_SIGMA, _PRIOR_WEIGHT = 4.0, 1.4, 0.5
 _APART, _APART_S = 0.005, 0.2
 #: Rounds of the estimate; it goes on from the last one, so few are enough.
 _ROUNDS = 6
+#: It is smoothed less where that makes each observation likelier by this factor, as a logarithm.
+_LIKELIER = 0.15
+#: It is made anew when what it rests on has grown by this part.
+_RENEWED = 1 / 8
 
 
 def _normal(x: float) -> float:
@@ -90,6 +93,10 @@ class Spread:
         before = self._ended[step]
         now = before + self._chances[step] * within / (_EDGES[step + 1] - low)
         return now, self._area[step] + (before + now) / 2 * within
+
+    def ended(self, age_s: float) -> float:
+        """The chance of having ended by an age."""
+        return self._at(age_s)[0]
 
     def waited_s(self, seen_s: float, age_s: float) -> float:
         """How long a task last seen unfinished at `seen_s` is expected to have been over at `age_s`."""
@@ -133,7 +140,8 @@ class Spread:
                 if total < best:
                     best, following[here] = total, there
             cost[here], looks[here] = best, left + looks[following[here]]
-        return Schedule(ages, [ages[there] for there in following], looks[0], cost[0] - price_s * looks[0])
+        value = [there_area + there_cost for there_area, there_cost in zip(area, cost, strict=True)]
+        return Schedule(self, ages, following, value, looks[0], cost[0] - price_s * looks[0])
 
     def _steps(self) -> list[int]:
         """The edges at which looks are considered: close together where tasks end, and where that is over."""
@@ -157,10 +165,19 @@ class Schedule:
     """When to look, for tasks of one tool at one price."""
 
     def __init__(
-        self, ages: Sequence[float], following: Sequence[float], looks: float, waiting_s: float
+        self,
+        spread: Spread,
+        ages: Sequence[float],
+        following: Sequence[int],
+        costs: Sequence[float],
+        looks: float,
+        waiting_s: float,
     ) -> None:
+        """`following`: the best next look after one at each of the `ages`; `costs`: of a look there."""
+        self._spread = spread
         self._ages = ages
         self._following = following
+        self._costs = costs
         #: Looks at a task on average, the one that shows its end among them; and the wait for that one.
         self.looks = looks
         self.waiting_s = waiting_s
@@ -171,10 +188,11 @@ class Schedule:
         step = bisect_right(self._ages, age_s) - 1
         if step >= last:
             return CEILING_S
-        low, high = self._ages[step], self._ages[step + 1]
-        part = (age_s - low) / (high - low)
-        then = self._following[step] * (1 - part) + self._following[step + 1] * part
-        return min(CEILING_S, max(FLOOR_S, then - age_s))
+        # the best next look is none before that of a younger task, and none after that of an older one
+        ended = self._spread.ended(age_s)
+        among = range(self._following[step], self._following[step + 1] + 1)
+        then = min(among, key=lambda there: self._costs[there] - ended * self._ages[there])
+        return min(CEILING_S, max(FLOOR_S, self._ages[then] - age_s))
 
 
 @lru_cache(maxsize=1)
@@ -192,13 +210,31 @@ class Durations:
         self.price_s = PRICE_S
         self._spread = unknown()
         self._chances: Sequence[float] = _PRIOR
+        #: How long tasks under way have run; and whether there is much that the estimate does not know yet.
+        self._unfinished_s: Sequence[float] = ()
+        self._followed_s = 0.0
         self._since = 0
+        self._is_stale = False
 
     def add(self, seconds: float, *, over_s: float | None = None) -> None:
         """Remember a task that took `seconds`, or something above `over_s` and up to that."""
         seconds = max(0.0, seconds)
         self.seen.append((seconds if over_s is None else min(max(0.0, over_s), seconds), seconds))
         self._since += 1
+        self._is_stale |= self._since >= _RENEWED * len(self.seen)
+
+    def running(self, unfinished_s: Sequence[float]) -> None:
+        """Take in the ages at which the tasks under way were last seen unfinished, all of them.
+
+        Those that end first are the quick ones: by these alone the tool would seem quicker than it is. Once
+        as many have ended as are kept, they say it all.
+        """
+        if len(self.seen) == KEPT:
+            unfinished_s = ()
+        self._unfinished_s = unfinished_s
+        followed_s = sum(unfinished_s) + sum(high for _, high in self.seen)
+        if unfinished_s and followed_s > (1 + _RENEWED) * self._followed_s:
+            self._followed_s, self._is_stale = followed_s, True
 
     @property
     def typical_s(self) -> float | None:
@@ -213,18 +249,15 @@ class Durations:
     @property
     def spread(self) -> Spread:
         """What the observations say; renewed as they grow by an eighth."""
-        if self._since and self._since >= len(self.seen) / 8:
-            self._since = 0
-            self._chances = _estimated(self.seen, self._chances)
+        if self._is_stale:
+            self._since, self._is_stale = 0, False
+            self._chances = _estimated(self.seen, self._unfinished_s, self._chances)
             self._spread = Spread(_smoothed(self._chances, len(self.seen)))
         return self._spread
 
     def next_look_s(self, age_s: float) -> float:
         """Seconds until the next look at a task just seen unfinished at `age_s`, in [FLOOR_S, CEILING_S]."""
-        planned_s = self.spread.schedule(self.price_s).next_look_s(age_s)
-        if not self.seen and age_s < FIRST_LOOK_S:
-            return min(planned_s, max(FLOOR_S, FIRST_LOOK_S - age_s))
-        return planned_s
+        return self.spread.schedule(self.price_s).next_look_s(age_s)
 
     def adapt(self, *, active: int, budget_per_s: float) -> None:
         """Move the price one step to where it should be with so many active tasks, of all tools."""
@@ -279,24 +312,30 @@ class Budget:
         self._at = now
 
 
-def _estimated(seen: Collection[tuple[float, float]], chances: Sequence[float]) -> Sequence[float]:
+def _estimated(
+    seen: Collection[tuple[float, float]], unfinished_s: Collection[float], chances: Sequence[float]
+) -> Sequence[float]:
     """The chances of each step that explain the observations best, with a little doubt (Turnbull 1976).
 
     Each round shares every observation out among the steps it may have been, by what the last one found.
+    Tasks under way count ever less, as those that ended become the newest of many instead of all there were.
     """
     count = len(_PRIOR)
-    highs = [min(max(bisect_left(_EDGES, upto), 1), count) for _, upto in seen]
-    lows = [bisect_right(_EDGES, over) - 1 for over, _ in seen]
-    spans = [(min(low, high - 1), high) for low, high in zip(lows, highs, strict=True)]
-    whole = _PRIOR_WEIGHT + len(spans)
+    spans = [(over, upto, 1.0) for over, upto in seen]
+    spans += [(over, math.inf, 1 - len(seen) / KEPT) for over in unfinished_s]
+    weights: defaultdict[tuple[int, int], float] = defaultdict(float)
+    for over, upto, weight in spans:
+        high = min(max(bisect_left(_EDGES, upto), 1), count)
+        weights[min(bisect_right(_EDGES, over) - 1, high - 1), high] += weight
+    whole = _PRIOR_WEIGHT + sum(weights.values())
     prior = [chance * _PRIOR_WEIGHT / whole for chance in _PRIOR]
     # nothing may have become impossible
     chances = [0.9 * chance + 0.1 * first for chance, first in zip(chances, _PRIOR, strict=True)]
     for _ in range(_ROUNDS):
         below = [0.0, *accumulate(chances)]
         changes = [0.0] * (count + 1)
-        for low, high in spans:
-            share = 1 / (max(below[high] - below[low], 1e-12) * whole)
+        for (low, high), weight in weights.items():
+            share = weight / (max(below[high] - below[low], 1e-12) * whole)
             changes[low] += share
             changes[high] -= share
         shares = accumulate(changes)
@@ -305,13 +344,35 @@ def _estimated(seen: Collection[tuple[float, float]], chances: Sequence[float]) 
 
 
 def _smoothed(chances: Sequence[float], count: int) -> Sequence[float]:
-    """The chances without the accidents of few observations (after Silverman, on the logarithm of age)."""
+    """The chances without the accidents of few observations, smoothed on the logarithm of age.
+
+    As far as is right for durations of one kind (Silverman 1986), or less where each observation is then
+    clearly likelier by the others: durations may be of two kinds, with nothing in between.
+    """
     below = list(accumulate(chances))
     quarters = bisect_left(below, 0.75 * below[-1]) - bisect_left(below, 0.25 * below[-1])
-    reach = round(1.2 * (quarters / 1.34) * count**-0.2)
-    for _ in range(2 if reach else 0):  # two boxes make a hat
+    reach = round(1.2 * (quarters / 1.34) * count**-0.2) if count else 0
+    best, most = chances, -math.inf
+    while reach:
+        smooth = _spread_out(chances, reach)
+        own = 1 / ((2 * reach + 1) * count)
+        likely = sum(
+            chance * math.log(max(all_of_them - own, 1e-9))
+            for chance, all_of_them in zip(chances, smooth, strict=True)
+            if chance > 1e-6
+        )
+        if likely < most + _LIKELIER:
+            break
+        best, most = smooth, likely
+        reach //= 2
+    return best
+
+
+def _spread_out(chances: Sequence[float], reach: int) -> Sequence[float]:
+    """Each chance shared with its neighbours, twice: two boxes make a hat."""
+    last, width = len(chances), 2 * reach + 1
+    for _ in range(2):
         sums = [0.0, *accumulate(chances)]
-        last, width = len(chances), 2 * reach + 1
         chances = [(sums[min(last, at + reach + 1)] - sums[max(0, at - reach)]) / width for at in range(last)]
     return chances
 

@@ -217,7 +217,7 @@ def _complaints(data: Mapping[str, Any]) -> list[tuple[int | None, str]]:
 
 
 def _complaint(item: object) -> tuple[int | None, str] | None:
-    if isinstance(item, Mapping):
+    if isinstance(item, dict):
         return (_digits(item.get("code")), _words(item)) if item else None
     words = _text(item)
     return (None, words) if words.strip() else None
@@ -247,13 +247,14 @@ def read_tasks(data: Mapping[str, Any], *, whole: bool) -> list[Task]:
 
 def read_task(entry: object) -> Task:
     """One task object; only an id is asked of it (ProtocolError without one)."""
-    fields = entry if isinstance(entry, Mapping) else {}
+    fields = entry if isinstance(entry, dict) else {}
     task_id = _task_id(fields.get("id")) or _task_id(fields.get("taskid"))
     if task_id is None:
         raise ProtocolError("the service listed a task without a usable id")
+    token = _token(fields)
     return Task(
         id=task_id,
-        token=_token(fields),
+        token=token,
         status=_text(fields.get("status")).strip(),
         pexit=_text(fields.get("pexit")).strip() or None,
         outputs=read_outputs(fields.get("outputs")),
@@ -263,7 +264,7 @@ def read_task(entry: object) -> Task:
         ended_at=_instant(fields.get("endtime")),
         elapsed_s=_decimal(fields.get("elapsedseconds")),
         parameters=_parameters(fields.get("parameters")),
-        debug_error=_without_token(_text(fields.get("debugerror")), fields)[-MAX_DEBUG_CHARS:],
+        debug_error=_without_token(_text(fields.get("debugerror")), token)[-MAX_DEBUG_CHARS:],
         model_id=_text(fields.get("modelid")),
     )
 
@@ -277,7 +278,7 @@ def read_outputs(value: object) -> tuple[RemoteOutput, ...]:
 def _output(item: object) -> RemoteOutput | None:
     if isinstance(item, str):
         return RemoteOutput(name="", url=url) if (url := _text(item).strip()) else None
-    if not isinstance(item, Mapping) or not item:
+    if not isinstance(item, dict) or not item:
         return None
     content_type = _text(item.get("contenttype")).strip()
     url = _text(item.get("url")).strip()
@@ -297,7 +298,7 @@ def _parameters(value: object) -> Mapping[str, Any] | None:
             value = _json(value)
         except ValueError:
             return None
-    return value if isinstance(value, Mapping) and value else None
+    return value if isinstance(value, dict) and value else None
 
 
 # --- uploads and tools ------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def read_upload(data: Mapping[str, Any]) -> str:
     """The address of an uploaded file, wherever the answer keeps it."""
     for place in ("list", "files", "filelist", "file", "data", "url"):
         for item in _list(data.get(place)) or []:
-            url = _text(item.get("url") if isinstance(item, Mapping) else item).strip()
+            url = _text(item.get("url") if isinstance(item, dict) else item).strip()
             if url.startswith(("https://", "http://")):
                 return url
     raise ProtocolError("the service took a file and gave no address for it")
@@ -316,7 +317,7 @@ def read_upload(data: Mapping[str, Any]) -> str:
 def read_tool(data: Mapping[str, Any]) -> ToolFacts:
     """The price facts of a Tool/Detail answer."""
     tool = next(iter(_list(data.get("tool")) or []), None)
-    if not isinstance(tool, Mapping):
+    if not isinstance(tool, dict):
         raise ProtocolError("the service answered without the tool")
     return ToolFacts(
         prices=_prices(tool.get("dynamicprice")),
@@ -333,10 +334,10 @@ def _prices(value: object) -> tuple[Price, ...]:
 
 
 def _price(entry: object) -> Price | None:
-    if not isinstance(entry, Mapping):
+    if not isinstance(entry, dict):
         return None
     inputs, price = entry.get("inputs") or {}, _decimal(entry.get("price"))
-    if not isinstance(inputs, Mapping) or price is None:
+    if not isinstance(inputs, dict) or price is None:
         return None
     return Price(
         inputs={_text(name): _text(wanted) for name, wanted in inputs.items()},
@@ -402,10 +403,10 @@ def _json(text: str | bytes) -> Any:
     """JSON with exact decimals; ValueError for what is none, too deep, or has numbers beyond reason."""
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig", "replace")
-    if sum(map(text.count, ",[{")) > MAX_VALUES:
+    if len(text) > MAX_VALUES and sum(map(text.count, ",[{")) > MAX_VALUES:
         raise ValueError("too many values")
     try:
-        value = json.loads(text, parse_float=_exact, parse_constant=lambda _: None)
+        value = _DECODER.decode(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     _check_depth(value)
@@ -414,17 +415,21 @@ def _json(text: str | bytes) -> Any:
 
 def _check_depth(value: object) -> None:
     """ValueError when lists and objects nest deeper than MAX_DEPTH."""
-    level = [value] if isinstance(value, (dict, list)) else []
+    level: list[Any] = [value] if type(value) in _NESTING else []
     for _ in range(MAX_DEPTH):
         level = [
             inner
             for outer in level
             for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
+            if type(inner) in _NESTING
         ]
         if not level:
             return
     raise ValueError("nested too deeply")
+
+
+#: What JSON makes of lists and objects.
+_NESTING = frozenset({dict, list})
 
 
 def _exact(text: str) -> Decimal | None:
@@ -432,6 +437,9 @@ def _exact(text: str) -> Decimal | None:
         return Decimal(text)
     except InvalidOperation:  # an exponent beyond all bounds
         return None
+
+
+_DECODER = json.JSONDecoder(parse_float=_exact, parse_constant=lambda _: None)
 
 
 def _truth(value: object) -> bool | None:
@@ -458,9 +466,8 @@ def _token(fields: Mapping[str, Any]) -> str:
     return _text(fields.get("socketaccesstoken")) or _text(fields.get("tasktoken"))
 
 
-def _without_token(text: str, fields: Mapping[str, Any]) -> str:
+def _without_token(text: str, token: str) -> str:
     """A tool's words without its task's token, should they quote it."""
-    token = _token(fields)
     return text.replace(token, "***") if len(token) >= 8 else text
 
 
@@ -487,6 +494,8 @@ def _decimal(value: object) -> Decimal | None:
 
 def _instant(value: object) -> int | None:
     """Unix seconds; None for 0, which means unset, and everything else."""
+    if isinstance(value, str) and len(value) <= 11 and value.isascii() and value.isdigit():
+        return int(value) or None  # as nearly always, and quicker
     number = _decimal(value)
     return int(number) or None if number is not None else None
 
@@ -500,6 +509,6 @@ def _list(value: object) -> list[Any] | None:
             return None
     if isinstance(value, list):
         return value
-    if isinstance(value, Mapping) or (isinstance(value, str) and value.strip()):
+    if isinstance(value, dict) or (isinstance(value, str) and value.strip()):
         return [value]
     return None

@@ -15,4 +15,4 @@ def hurry(put: Callable[[Any, str, float], None]) -> None:
         put(module, "GRACE_S", 1.0)
     put(recovery, "SECOND_LOOK_S", 0.3)
     put(doubts, "BETWEEN_S", 0.2)
-    put(pace, "FIRST_LOOK_S", 0.1)
+    put(pace, "PRICE_S", 0.0005)  # looks are nearly free at first

@@ -45,7 +45,7 @@ PICTURE = {"inputImageUrl": "https://pictures.example/a.png"}
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits are short: for a task, between two tries, and for a CDN that has gone silent."""
-    monkeypatch.setattr("batchrun.rules.pace.FIRST_LOOK_S", 0.15)
+    monkeypatch.setattr("batchrun.rules.pace.PRICE_S", 0.0005)
     monkeypatch.setattr("batchrun.rules.policy.backoff_s", lambda attempt, **bounds: 0.02)
     monkeypatch.setattr("batchrun.runner.Wiro", partial(Wiro, deadlines=Deadlines(silence_s=0.2)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Container
 from contextlib import asynccontextmanager
 from random import Random
 
@@ -30,7 +30,15 @@ class Service:
         self.tells = tells
         self.breaks_after_s = breaks_after_s
         self.loses_ends = False
-        self.refuses = False
+        #: Numbers of the sockets, from 1, that are refused, that are never opened, and that tell nothing.
+        self.refused: Container[int] = ()
+        self.hanging: Container[int] = ()
+        self.mute: Container[int] = ()
+        #: What is told of a task, by its token and status.
+        self.event: Callable[[str, str], TaskEvent] = lambda token, status: TaskEvent(token, token, status)
+        #: Details show an end so long after it was told.
+        self.late_s = 0.0
+        self.asked: list[str] = []
         self.details = self.sockets = self.open = self.most_open = 0
         self.begun_at: dict[str, float] = {}
         self.lag_s: dict[str, float] = {}
@@ -38,7 +46,7 @@ class Service:
     async def detail(self, task_id: str, token: str = "") -> Task | None:
         self.details += 1
         late_s = anyio.current_time() - self.begun_at[task_id] - SECONDS
-        if late_s < 0:
+        if late_s < self.late_s:
             return Task(task_id, status="task_start")
         self.lag_s.setdefault(task_id, late_s)
         return Task(task_id, status="task_postprocess_end", pexit="0", outputs=(IMAGE,))
@@ -46,12 +54,15 @@ class Service:
     @asynccontextmanager
     async def socket(self) -> AsyncIterator[Line]:
         self.sockets += 1
-        if self.refuses:
+        number = self.sockets
+        if number in self.refused:
             raise errors.ServerFault("503")
+        if number in self.hanging:
+            await anyio.sleep_forever()
         self.open += 1
         self.most_open = max(self.most_open, self.open)
         try:
-            yield Line(self)
+            yield Line(self, is_mute=number in self.mute)
         finally:
             self.open -= 1
 
@@ -59,34 +70,37 @@ class Service:
 class Line:
     """One socket of the service."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, *, is_mute: bool) -> None:
         self.service = service
+        self.tells = 0 if is_mute else service.tells
         self.asked: list[str] = []
 
     async def ask(self, token: str) -> None:
         self.asked.append(token)
+        self.service.asked.append(token)
 
     async def events(self) -> AsyncIterator[TaskEvent]:
         service, opened_at = self.service, anyio.current_time()
         told: set[tuple[str, bool]] = set()
         while anyio.current_time() - opened_at < service.breaks_after_s:
-            for token in self.asked[: service.tells]:
+            for token in self.asked[: self.tells]:
                 over = anyio.current_time() - service.begun_at[token] >= SECONDS
                 if (token, over) not in told and not (over and service.loses_ends):
                     told.add((token, over))
-                    yield TaskEvent(token, token, "task_postprocess_end" if over else "task_start")
+                    yield service.event(token, "task_postprocess_end" if over else "task_start")
             await anyio.sleep(0.1)
 
 
-async def follow_all(service: Service, tasks: int) -> list[str]:
+async def follow_all(service: Service, tasks: int, *, with_tokens: bool = True) -> list[str]:
     """Follow so many tasks to their good end; returns what was said."""
     notes: list[str] = []
     tracker = Tracker(service, rng=Random(0))
-    tracker.add(lambda tracker: Hearing(tracker, service, rng=Random(0), note=notes.append))
+    hearing = Hearing(tracker, service, rng=Random(0), note=notes.append)
+    tracker.add(lambda _: hearing)
 
     async def follow(name: str) -> None:
         service.begun_at[name] = anyio.current_time()
-        _, verdict = await tracker.follow(task_id=name, token=name, tool=1)
+        _, verdict = await tracker.follow(task_id=name, token=name if with_tokens else "", tool=1)
         assert verdict == Succeeded()
 
     async with anyio.create_task_group() as group:
@@ -94,6 +108,12 @@ async def follow_all(service: Service, tasks: int) -> list[str]:
         async with anyio.create_task_group() as follows:
             for number in range(1, tasks + 1):
                 follows.start_soon(follow, str(number))
+        await anyio.sleep(1.0)
+        assert service.open <= 1  # a connection is kept at most, for tasks to come
+        assert not hearing._heard
+        assert not hearing._asked_at
+        assert not hearing._line_of
+        assert not any(line.watches for line in hearing._lines)
         group.cancel_scope.cancel()
     assert len(service.lag_s) == tasks
     return notes
@@ -124,14 +144,71 @@ async def test_ends_that_are_not_told_are_seen_all_the_same() -> None:
 async def test_sockets_that_break_all_the_time_lose_no_task() -> None:
     service = Service(breaks_after_s=2.0)
     assert await follow_all(service, 30) == []
-    assert service.sockets > 5
+    assert service.sockets > 10  # each lives for 2 s, and the next one comes within another
+    assert max(service.lag_s.values()) < 1.0
+
+
+@virtual_time
+async def test_once_there_are_no_more_sockets_tasks_are_looked_at_as_if_there_had_never_been_any() -> None:
+    service = Service(breaks_after_s=22.0)  # each task was last looked at 2 s ago
+    service.refused = range(2, 1000)
+    await follow_all(service, 30)
+    assert max(service.lag_s.values()) < 5.0
+
+
+@pytest.mark.parametrize("first", ["refused", "hanging", "mute"])
+@virtual_time
+async def test_a_first_socket_that_is_of_no_use_makes_room_for_another(first: str) -> None:
+    service = Service()
+    setattr(service, first, {1})
+    assert await follow_all(service, 30) == []
+    assert max(service.lag_s.values()) < 0.2
+    assert service.sockets == 2
+
+
+@virtual_time
+async def test_tasks_without_a_token_are_asked_for_nowhere() -> None:
+    service = Service()
+    assert await follow_all(service, 10, with_tokens=False) == []
+    assert service.asked == []
     assert mean_lag_s(service) < 5.0
+
+
+@pytest.mark.parametrize(
+    "event",
+    [lambda token, status: TaskEvent("", token, status), lambda token, status: TaskEvent(token, "", status)],
+    ids=["id", "token"],
+)
+@virtual_time
+async def test_an_event_that_names_its_task_in_one_way_is_understood(
+    event: Callable[[str, str], TaskEvent],
+) -> None:
+    service = Service()
+    service.event = event
+    await follow_all(service, 30)
+    assert max(service.lag_s.values()) < 0.2
+
+
+@virtual_time
+async def test_an_event_under_the_token_of_another_task_is_not_believed() -> None:
+    service = Service()
+    service.event = lambda token, status: TaskEvent("x", token, "task_postprocess_end")
+    await follow_all(service, 5)
+    assert service.details > 5 * 3  # as many looks as without sockets: nobody said a word
+
+
+@virtual_time
+async def test_an_end_that_details_show_later_than_it_is_told_is_looked_for_as_if_nobody_had_told() -> None:
+    service = Service()
+    service.late_s = 2.0
+    await follow_all(service, 30)
+    assert max(service.lag_s.values()) < 2.0 + 5.0
 
 
 @virtual_time
 async def test_where_there_are_no_sockets_tasks_are_looked_at_and_it_is_said_once() -> None:
     service = Service()
-    service.refuses = True
+    service.refused = range(1000)
     notes = await follow_all(service, 30)
     assert len(notes) == 1
     assert service.sockets < 20

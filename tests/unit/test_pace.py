@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable
-from itertools import count
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import count, pairwise
 from random import Random
 
 import pytest
@@ -17,13 +18,17 @@ from batchrun.rules.pace import (
     CEILING_S,
     FLOOR_S,
     KEPT,
+    PRICE_S,
     PRICES_S,
+    QUEUED_S,
+    STUCK_S,
     Budget,
     Durations,
     Spread,
     advised_s,
     looks_allowed,
     next_price_s,
+    stuck_after_s,
     unknown,
 )
 
@@ -33,7 +38,7 @@ Draw = Callable[[Random], float]
 SIGMA = math.log(20 / 6) / 1.6449
 
 
-def lognormal(rng: Random) -> float:
+def varied(rng: Random) -> float:
     return rng.lognormvariate(math.log(6), SIGMA)
 
 
@@ -41,54 +46,140 @@ def steady(rng: Random) -> float:
     return 6.0
 
 
-def followed(draw: Draw, *, exact: bool, tasks: int = 600, slots: int = 16) -> tuple[float, float]:
-    """Looks per task and mean lag in seconds of tasks followed by the policy, beginners' luck included."""
-    rng, durations, numbers = Random(1), Durations(), count()
-    # (due at, number, begun at, seconds it takes, last seen unfinished at the age)
-    agenda: list[tuple[float, int, float, float, float]] = []
-    looks, lag_s, made, adapted_at = 0, 0.0, 0, 0.0
+def slow(rng: Random) -> float:
+    return rng.lognormvariate(math.log(60), SIGMA / 2)
+
+
+def of_two_kinds(rng: Random) -> float:
+    return rng.uniform(1.9, 2.1) if rng.random() < 0.6 else rng.uniform(19, 21)
+
+
+class Ignorant(Durations):
+    """Learns nothing."""
+
+    def add(self, seconds: float, *, over_s: float | None = None) -> None:
+        pass
+
+    def running(self, unfinished_s: Sequence[float]) -> None:
+        pass
+
+
+TASKS, SLOTS = 600, 16
+
+
+def followed(
+    draw: Draw, durations: Durations, *, exact: bool = True, tasks: int = TASKS
+) -> tuple[float, float]:
+    """Looks per task and mean lag in seconds of tasks followed by the policy, the first ones included."""
+    rng, numbers = Random(1), count()
+    # (due at, task, begun at, seconds it takes); the age of each task when it was last seen unfinished
+    agenda: list[tuple[float, int, float, float]] = []
+    seen_s: dict[int, float] = {}
+    looks, lag_s, made, ticked_at = 0, 0.0, 0, 0.0
 
     def begin(at: float) -> None:
-        heapq.heappush(agenda, (at + durations.next_look_s(0.0), next(numbers), at, draw(rng), 0.0))
+        task = next(numbers)
+        seen_s[task] = 0.0
+        heapq.heappush(agenda, (at + durations.next_look_s(0.0), task, at, draw(rng)))
 
-    for made in range(1, slots + 1):
+    for made in range(1, SLOTS + 1):
         begin(made * 0.05)
     while agenda:
-        at, _, begun_at, seconds, seen_s = heapq.heappop(agenda)
-        if at > adapted_at + 0.5:
-            durations.adapt(active=len(agenda) + 1, budget_per_s=50)
-            adapted_at = at
+        at, task, begun_at, seconds = heapq.heappop(agenda)
+        if at > ticked_at + 0.5:
+            ticked_at = at
+            durations.running(list(seen_s.values()))
         looks += 1
         age_s = at - begun_at
         if age_s < seconds:
-            due_at = at + durations.next_look_s(age_s)
-            heapq.heappush(agenda, (due_at, next(numbers), begun_at, seconds, age_s))
+            seen_s[task] = age_s
+            heapq.heappush(agenda, (at + durations.next_look_s(age_s), task, begun_at, seconds))
             continue
+        over_s = seen_s.pop(task)
         lag_s += age_s - seconds
-        durations.add(seconds if exact else age_s, over_s=None if exact else seen_s)
+        durations.add(seconds if exact else age_s, over_s=None if exact else over_s)
         if made < tasks:
             made += 1
             begin(at)
     return looks / tasks, lag_s / tasks
 
 
-@pytest.mark.parametrize(
-    ("draw", "exact", "looks", "lag_s"),
-    [
-        # the best that any schedule can do is 4.4 looks at 0.87 s
-        (lognormal, True, 4.4, 1.0),
-        # the service's own times are a help, not a need
-        (lognormal, False, 4.6, 1.0),
-        (steady, True, 1.25, 0.12),
-        (steady, False, 1.5, 0.15),
-    ],
-)
-def test_looks_are_few_and_soon_once_a_tool_is_known(
-    draw: Draw, exact: bool, looks: float, lag_s: float
+def known(draw: Draw) -> Spread:
+    """The durations as they are."""
+    rng = Random(2)
+    drawn = sorted(draw(rng) for _ in range(20_000))
+    below = [bisect_right(drawn, edge) / len(drawn) for edge in _EDGES]
+    return Spread([high - low for low, high in pairwise(below)])
+
+
+@pytest.mark.parametrize(("exact", "firsts"), [(True, 2), (False, 4)], ids=["told", "seen"])
+@pytest.mark.parametrize("draw", [varied, steady, slow, of_two_kinds], ids=lambda draw: draw.__name__)
+def test_tasks_cost_what_they_must_and_learning_costs_a_few_first_ones(
+    draw: Draw, exact: bool, firsts: int
 ) -> None:
-    took = followed(draw, exact=exact)
-    assert took[0] <= looks
-    assert took[1] <= lag_s
+    """A tenth more than the best schedule there is, and what the first tasks cost of which nothing is known.
+
+    As many as there are slots begin before any has ended, and as many again before these say enough; where
+    durations are not told, each observation is only an interval, and twice as many are needed.
+    """
+
+    def cost_s(looks: float, lag_s: float) -> float:
+        return looks * PRICE_S + lag_s
+
+    best = known(draw).schedule(PRICE_S)
+    unlearned_s = cost_s(*followed(draw, Ignorant(), tasks=100))
+    learned_s = cost_s(*followed(draw, Durations(), exact=exact))
+    assert learned_s <= 1.1 * cost_s(best.looks, best.waiting_s) + firsts * SLOTS / TASKS * unlearned_s
+
+
+@pytest.mark.parametrize("active", [1, 16, 300])
+def test_the_price_comes_to_where_looks_are_as_many_as_allowed(active: int) -> None:
+    durations, rng = Durations(), Random(3)
+    for _ in range(KEPT):
+        durations.add(varied(rng))
+    for _ in range(40):
+        durations.adapt(active=active, budget_per_s=50)
+    schedule = durations.spread.schedule(durations.price_s)
+    alive_s = durations.spread.mean_s + schedule.waiting_s
+    allowed = looks_allowed(alive_s, active=active, budget_per_s=50)
+    assert schedule.looks <= 1.1 * allowed
+    assert schedule.looks >= 0.8 * allowed or durations.price_s == PRICES_S[0]
+
+
+def test_tasks_under_way_teach_before_any_has_ended() -> None:
+    durations = Durations()
+    durations.running([8.0] * 30)
+    assert durations.typical_s is None
+    assert durations.spread.quantile_s(0.05) >= 8.0
+    assert durations.next_look_s(0.0) >= 8.0
+    durations.running([16.0] * 30)
+    assert durations.next_look_s(0.0) >= 16.0
+
+
+def test_the_quick_ones_that_end_first_do_not_make_a_tool_seem_quick() -> None:
+    durations = Durations()
+    for _ in range(10):
+        durations.add(2.0)
+    durations.running([8.0] * 30)
+    assert durations.spread.ended(4.0) == pytest.approx(0.25, abs=0.05)
+    assert durations.spread.quantile_s(0.5) >= 8.0
+
+
+def test_once_many_have_ended_tasks_under_way_teach_no_more() -> None:
+    durations = Durations()
+    for _ in range(KEPT):
+        durations.add(2.0)
+    durations.running([8.0] * 10_000)
+    durations.add(2.0)
+    assert durations.spread.ended(2.1) > 0.95
+
+
+def test_a_task_last_seen_shortly_before_a_sure_end_is_looked_at_right_after_it() -> None:
+    durations = Durations()
+    for _ in range(50):
+        durations.add(60.0)
+    for age_s in (40.0, 50.0, 59.0, 59.5, 59.9):
+        assert 60.0 <= age_s + durations.next_look_s(age_s) <= 62.0
 
 
 def test_a_tool_that_changes_is_learned_anew() -> None:
@@ -112,7 +203,7 @@ def test_a_task_that_overruns_all_others_is_looked_at_soon_at_first_and_then_eve
 
 
 def test_of_an_unknown_tool_the_first_look_comes_within_seconds() -> None:
-    assert 0.5 < Durations().next_look_s(0.0) < 3.0
+    assert 0.5 < Durations().next_look_s(0.0) < ADVICE_S
 
 
 def test_the_median_is_that_of_the_newest_observations() -> None:
@@ -171,6 +262,23 @@ def test_what_many_tasks_are_allowed_stays_within_the_budget() -> None:
     assert looks_allowed(9.0, active=16, budget_per_s=50) > 4
     assert looks_allowed(9.0, active=1, budget_per_s=50) > looks_allowed(9.0, active=16, budget_per_s=50)
     assert looks_allowed(9.0, active=1000, budget_per_s=50) * 1000 / 9.0 < 50
+
+
+@pytest.mark.parametrize(
+    ("status", "longest_s", "after_s"),
+    [
+        ("task_queue", None, QUEUED_S),  # it waits for other people's tasks
+        ("", 1.0, QUEUED_S),
+        ("task_start", None, STUCK_S[1]),
+        ("task_start", 1.0, STUCK_S[0]),
+        ("task_start", 60.0, 20 * 60.0),
+        ("task_start", 1e6, STUCK_S[1]),
+    ],
+)
+def test_a_task_is_taken_for_stuck_by_what_is_slow_for_its_tool(
+    status: str, longest_s: float | None, after_s: float
+) -> None:
+    assert stuck_after_s(status, longest_s) == after_s
 
 
 def test_a_price_moves_to_where_looks_are_as_many_as_allowed_and_stays_within_bounds() -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from urllib.parse import quote
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from batchrun.wiro import signing
 
@@ -59,6 +61,22 @@ def test_a_key_is_concealed_however_an_answer_spells_it(secret: str, spell: Call
     assert left.endswith(" after")
     assert "***" in left
     assert not any(spelled[at : at + 8] in left for at in range(len(spelled) - 7))
+
+
+#: Ways to spell one character: itself, behind backslashes, as an escape of JSON, as one of addresses.
+WAYS = ("{0}", "\\{0}", "\\\\{0}", "\\u{1:04x}", "\\\\u{1:04X}", "%{1:02x}", "%{1:02X}")
+
+
+@given(st.sampled_from([KEY, PROJECT_SECRET]), st.data())
+def test_a_key_is_concealed_when_each_character_is_spelled_in_a_way_of_its_own(
+    secret: str, data: st.DataObject
+) -> None:
+    ways = data.draw(st.lists(st.sampled_from(WAYS), min_size=len(secret), max_size=len(secret)))
+    spelled = "".join(way.format(char, ord(char)) for way, char in zip(ways, secret, strict=True))
+    left = signing.concealer(KEY, PROJECT_SECRET)(f'[1] "{spelled}" [2]'.encode()).decode()
+    assert left.startswith('[1] "')
+    assert left.endswith('" [2]')
+    assert len(left) <= len('[1] "***" [2]') + 2  # backslashes before its first character may stay
 
 
 @pytest.mark.parametrize(

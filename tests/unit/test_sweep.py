@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from random import Random
 
 import anyio
 import pytest
 
 from batchrun import errors
-from batchrun.dispatch.sweep import AGAIN_S, FROM, Sweeps
-from batchrun.dispatch.track import Tracker
+from batchrun.dispatch.sweep import AGAIN_S, FROM, LEAST_FAILURES, MAX_PAGES, UNTIL, Sweeps
+from batchrun.dispatch.track import BUDGET_PER_S, Tracker
 from batchrun.model import RemoteOutput, Task
 from batchrun.rules.pages import MARGIN, PAGE, Page, best
 from batchrun.rules.policy import Succeeded, TaskFailed
@@ -59,11 +60,20 @@ class Service:
         self.list_error: Exception | None = None
         self.hides: set[str] = set()
         self.fails = False
+        #: Ended tasks show their images so much later.
+        self.late_s = 0.0
+        #: The first so many tasks take so much longer.
+        self.slow, self.slower_s = 0, 0.0
+        self.takes_s = 0.02
+        self.running = self.most_running = 0
+        #: When lists and details were asked for.
+        self.asked_at: list[float] = []
 
     def make(self) -> str:
         for _ in range(self.others):
             self.made.append((len(self.made) + 1, 0.0, 0.0))
-        self.made.append((len(self.made) + 1, anyio.current_time(), self.rng.uniform(5, 9)))
+        seconds = self.rng.uniform(5, 9) + (self.slower_s if len(self.made) < self.slow else 0.0)
+        self.made.append((len(self.made) + 1, anyio.current_time(), seconds))
         return str(len(self.made))
 
     def shown(self, number: int) -> Task:
@@ -72,18 +82,23 @@ class Service:
         if late_s < 0:
             return Task(str(number), status="task_start")
         self.lag_s.setdefault(str(number), late_s)
-        if self.fails:
-            return Task(str(number), status="task_postprocess_end", pexit="1")
+        if self.fails or late_s < self.late_s:
+            return Task(str(number), status="task_postprocess_end", pexit="1" if self.fails else "0")
         return Task(str(number), status="task_postprocess_end", pexit="0", outputs=(IMAGE,))
 
     async def detail(self, task_id: str, token: str = "") -> Task | None:
         self.details += 1
+        self.asked_at.append(anyio.current_time())
         await anyio.sleep(0.02)
         return self.shown(int(task_id))
 
     async def list_tasks(self, start: int = 0, limit: int = 100) -> list[Task]:
         self.lists += 1
-        await anyio.sleep(0.02)
+        self.asked_at.append(anyio.current_time())
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        await anyio.sleep(self.takes_s)
+        self.running -= 1
         if self.list_error is not None:
             raise self.list_error
         numbers = [number for number, _, _ in reversed(self.made) if str(number) not in self.hides]
@@ -91,8 +106,10 @@ class Service:
 
 
 @asynccontextmanager
-async def sweeping(service: Service, notes: list[str]) -> AsyncIterator[Tracker]:
-    tracker = Tracker(service, rng=Random(0))
+async def sweeping(
+    service: Service, notes: list[str], *, budget_per_s: float = BUDGET_PER_S
+) -> AsyncIterator[Tracker]:
+    tracker = Tracker(service, rng=Random(0), budget_per_s=budget_per_s)
     tracker.add(lambda tracker: Sweeps(tracker, service, note=notes.append))
     async with anyio.create_task_group() as group:
         group.start_soon(tracker.run)
@@ -100,14 +117,24 @@ async def sweeping(service: Service, notes: list[str]) -> AsyncIterator[Tracker]
         group.cancel_scope.cancel()
 
 
-async def follow_all(service: Service, tasks: int, *, notes: list[str] | None = None) -> list[object]:
-    """Follow so many tasks, 20 of them submitted a second; returns the verdicts."""
+async def follow_all(
+    service: Service,
+    tasks: int,
+    *,
+    notes: list[str] | None = None,
+    per_s: float = 20.0,
+    budget_per_s: float = BUDGET_PER_S,
+) -> list[object]:
+    """Follow so many tasks, so many of them submitted a second; returns the verdicts."""
     verdicts: list[object] = []
     said = [] if notes is None else notes
-    async with sweeping(service, said) as tracker, anyio.create_task_group() as group:
+    async with (
+        sweeping(service, said, budget_per_s=budget_per_s) as tracker,
+        anyio.create_task_group() as group,
+    ):
 
         async def follow(number: int) -> None:
-            await anyio.sleep(number / 20)
+            await anyio.sleep(number / per_s)
             _, verdict = await tracker.follow(task_id=service.make(), token="", tool=1)
             verdicts.append(verdict)
 
@@ -127,8 +154,8 @@ async def test_pages_follow_many_tasks_with_less_than_a_request_each(others: int
     service = Service(others=others)
     assert set(await follow_all(service, 600)) == {Succeeded()}
     ours = {task: lag for task, lag in service.lag_s.items() if service.made[int(task) - 1][2]}
-    assert (service.lists + service.details) / 600 < (1.5 if others == 0 else 2.5)
-    assert sum(ours.values()) / len(ours) < 0.5
+    assert service.lists + service.details < 600
+    assert sum(ours.values()) / len(ours) < 0.25
 
 
 @virtual_time
@@ -145,17 +172,23 @@ async def test_few_tasks_are_looked_at_one_by_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "error",
-    [errors.NotFound("no such endpoint"), errors.ServerFault("502"), errors.ProtocolError("nonsense")],
-    ids=lambda error: type(error).__name__,
+    ("error", "tries"),
+    [
+        (errors.NotFound("no such endpoint"), 1),  # the word is final
+        (errors.ServerFault("502"), LEAST_FAILURES),
+        (errors.ProtocolError("nonsense"), LEAST_FAILURES),
+    ],
+    ids=lambda value: type(value).__name__,
 )
 @virtual_time
-async def test_where_the_list_fails_single_looks_take_over_and_it_is_said_once(error: Exception) -> None:
+async def test_where_the_list_fails_single_looks_take_over_and_it_is_said_once(
+    error: Exception, tries: int
+) -> None:
     service, notes = Service(), list[str]()
     service.list_error = error
-    assert set(await follow_all(service, 1300, notes=notes)) == {Succeeded()}  # for longer than AGAIN_S
+    assert set(await follow_all(service, 330, notes=notes, per_s=5)) == {Succeeded()}  # beyond AGAIN_S
     assert len(notes) == 1
-    assert 1 < service.lists <= 3 * 3
+    assert service.lists == 2 * tries  # at first, and after AGAIN_S
     assert mean_lag_s(service) < 2.0
 
 
@@ -189,8 +222,8 @@ async def test_a_list_that_works_again_is_used_again() -> None:
             service.list_error = None
 
         group.start_soon(mend)
-        await follow_all(service, 1400, notes=notes)
-    assert service.lists > 100
+        await follow_all(service, 400, notes=notes, per_s=5)
+    assert service.lists > 30
 
 
 @virtual_time
@@ -200,3 +233,99 @@ async def test_an_end_without_images_is_confirmed_by_a_look() -> None:
     verdicts = await follow_all(service, 100)
     assert {type(verdict) for verdict in verdicts} == {TaskFailed}
     assert service.details >= 100
+
+
+@virtual_time
+async def test_images_that_come_later_than_the_end_are_looked_for_soon() -> None:
+    service = Service()
+    service.late_s = 2.0
+    begun_at = anyio.current_time()
+    assert set(await follow_all(service, 100)) == {Succeeded()}
+    assert anyio.current_time() - begun_at < 100 / 20 + 9 + 2.0 + 5
+
+
+@virtual_time
+async def test_pages_and_looks_stay_within_the_budget_together() -> None:
+    service = Service()
+    service.hides = {str(number) for number in range(1, 200, 3)}  # looked at one by one
+    assert set(await follow_all(service, 150, budget_per_s=2.0)) == {Succeeded()}
+    first = service.asked_at[0]
+    for number, at in enumerate(service.asked_at):
+        assert number <= 1 + 2.0 * (at - first)
+
+
+@virtual_time
+async def test_a_slow_list_is_asked_for_a_few_pages_at_once_and_no_task_twice_meanwhile() -> None:
+    service = Service()
+    service.takes_s = 3.0
+    assert set(await follow_all(service, 200)) == {Succeeded()}
+    assert 1 < service.most_running <= MAX_PAGES
+    assert service.lists + service.details < 200
+
+
+@virtual_time
+async def test_while_a_list_asks_for_a_wait_nothing_is_asked() -> None:
+    service = Service()
+    service.list_error = errors.RateLimited("slow down", retry_after_s=30.0)
+
+    async def mend() -> None:
+        while not service.lists:
+            await anyio.sleep(0.01)
+        refused_at = service.asked_at[-1] + service.takes_s
+        await anyio.sleep(service.takes_s + 0.001)
+        service.list_error = None
+        await anyio.sleep(29.0)
+        under_way_s = 0.5  # what had been asked for before
+        assert not [at for at in service.asked_at if refused_at + under_way_s < at < refused_at + 29]
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(mend)
+        assert set(await follow_all(service, 100)) == {Succeeded()}
+
+
+@virtual_time
+async def test_the_last_tasks_are_looked_at_one_by_one() -> None:
+    service = Service()
+    service.slow, service.slower_s = UNTIL - 1, 60.0
+    async with anyio.create_task_group() as group:
+        listed: list[int] = []
+
+        async def count() -> None:
+            await anyio.sleep(20.0)  # the quick ones have ended
+            listed.append(service.lists)
+
+        group.start_soon(count)
+        await follow_all(service, 60)
+    assert listed == [service.lists]
+    assert listed[0] > 0
+
+
+@virtual_time
+async def test_a_task_whose_id_is_no_number_is_looked_at_beside_the_pages() -> None:
+    service = Service()
+
+    class Named:
+        """Shows task 1 under a name."""
+
+        async def detail(self, task_id: str, token: str = "") -> Task | None:
+            task = await service.detail("1" if task_id == "a-1" else task_id)
+            return replace(task, id=task_id) if task is not None else None
+
+        list_tasks = service.list_tasks
+
+    tracker = Tracker(Named(), rng=Random(0))
+    tracker.add(lambda tracker: Sweeps(tracker, service, note=print))
+    verdicts: list[object] = []
+
+    async def follow(task_id: str) -> None:
+        verdicts.append((await tracker.follow(task_id=task_id, token="", tool=1))[1])
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(tracker.run)
+        async with anyio.create_task_group() as follows:
+            for _ in range(30):
+                task_id = service.make()
+                follows.start_soon(follow, "a-1" if task_id == "1" else task_id)
+        group.cancel_scope.cancel()
+    assert verdicts == [Succeeded()] * 30
+    assert service.lag_s["1"] < 5.0

@@ -13,11 +13,20 @@ import anyio
 import pytest
 
 from batchrun import errors
-from batchrun.dispatch.track import MAX_LOOKS, UNKNOWN_TASK, Ended, Left, Tracker
+from batchrun.dispatch.track import (
+    AGAIN_S,
+    BUDGET_PER_S,
+    MAX_LOOKS,
+    UNKNOWN_TASK,
+    Ended,
+    Left,
+    Tracker,
+)
 from batchrun.model import RemoteOutput, Task
-from batchrun.rules.pace import CEILING_S, FLOOR_S, STUCK_S
+from batchrun.rules.pace import ADVICE_S, BURST, CEILING_S, FLOOR_S, STUCK_S, unknown
 from batchrun.rules.policy import (
     ERROR_PATIENCE_S,
+    MAX_ASKED_S,
     OUTPUTS_PATIENCE_S,
     UNKNOWN_PATIENCE_S,
     PaidButEmpty,
@@ -67,8 +76,8 @@ class Looks:
 
 
 @asynccontextmanager
-async def tracking(looks: Looks) -> AsyncIterator[Tracker]:
-    tracker = Tracker(looks, rng=Random(0))
+async def tracking(looks: Looks, *, budget_per_s: float = BUDGET_PER_S) -> AsyncIterator[Tracker]:
+    tracker = Tracker(looks, rng=Random(0), budget_per_s=budget_per_s)
     async with anyio.create_task_group() as group:
         group.start_soon(tracker.run)
         yield tracker
@@ -124,7 +133,8 @@ async def test_looks_at_a_task_keep_their_distance() -> None:
     await followed(looks)
     assert min(looks.gaps()) >= FLOOR_S
     assert max(looks.gaps()) <= CEILING_S + 1
-    assert len(looks.seen) < 80
+    for number, (_, age) in enumerate(looks.seen):
+        assert number <= BURST + age / ADVICE_S
 
 
 @virtual_time
@@ -141,6 +151,71 @@ async def test_many_tasks_are_never_looked_at_all_at_once() -> None:
             group.start_soon(follow, number)
     assert len(ended) == 300
     assert 0 < looks.most_running <= MAX_LOOKS
+
+
+@virtual_time
+async def test_looks_at_many_tasks_stay_within_the_budget() -> None:
+    looks = Looks(after(100, DONE))
+    async with tracking(looks, budget_per_s=10.0) as tracker, anyio.create_task_group() as group:
+
+        async def follow(number: int) -> None:
+            await tracker.follow(task_id=str(number), token="t", tool=1, age_s=10.0)
+
+        for number in range(300):
+            group.start_soon(follow, number)
+    for number, (_, age) in enumerate(looks.seen):
+        assert number <= 10 * (age + 1)
+
+
+@virtual_time
+async def test_a_task_said_to_have_ended_during_a_look_is_looked_at_again_at_once() -> None:
+    looks = Looks(after(30, DONE))
+    looks.takes_s = 2.0  # the answer tells how the task stood before
+    looks.story = lambda age: DONE if age > 34 else RUNNING
+    async with tracking(looks) as tracker:
+
+        async def told() -> None:
+            while not (looks.running and looks.age > 30):
+                await anyio.sleep(0.01)
+            for _ in range(3):
+                tracker.look_at_once(tracker.watches["1"])
+                await anyio.sleep(0.1)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(told)
+            await tracker.follow(task_id="1", token="t", tool=1)
+    assert looks.most_running == 1
+    assert looks.seen[-1][1] - looks.seen[-2][1] <= looks.takes_s + AGAIN_S + 0.01
+
+
+@virtual_time
+async def test_an_end_that_a_page_shows_during_a_look_counts_once() -> None:
+    looks = Looks(after(0, DONE))
+    looks.takes_s = 5.0
+    async with tracking(looks) as tracker, anyio.create_task_group() as group:
+        group.start_soon(lambda: tracker.follow(task_id="1", token="t", tool=1))
+        while not looks.running:
+            await anyio.sleep(0.01)
+        watch = tracker.watches["1"]
+        tracker.listed(watch, DONE, asked_at=anyio.current_time())
+        await anyio.sleep(10.0)
+        assert watch.result == (DONE, Succeeded())
+        assert len(looks.seen) == len(tracker.durations[1].seen) == 1
+
+
+@virtual_time
+async def test_looks_that_others_ask_for_take_the_place_of_planned_ones() -> None:
+    looks = Looks(after(400, DONE))
+    async with tracking(looks) as tracker, anyio.create_task_group() as group:
+        group.start_soon(lambda: tracker.follow(task_id="1", token="t", tool=1))
+        for _ in range(20):
+            await anyio.sleep(1.0)
+            tracker.look_at_once(tracker.watches["1"])
+        await anyio.sleep(1.0)
+        count = len(looks.seen)
+        await anyio.sleep(150.0)
+        assert count <= 20 + BURST + 20 / ADVICE_S
+        assert len(looks.seen) - count <= 150.0 / ADVICE_S
 
 
 @pytest.mark.parametrize(
@@ -180,6 +255,43 @@ async def test_a_wait_that_the_service_asks_for_is_kept_by_all_looks() -> None:
             group.start_soon(follow, number)
     asked_at = looks.seen[0][1]
     assert all(age == asked_at or age >= asked_at + 120 for _, age in looks.seen)
+
+
+@virtual_time
+async def test_while_the_service_asks_for_a_wait_not_even_a_task_said_to_have_ended_is_looked_at() -> None:
+    looks = Looks(after(5, DONE))
+    async with tracking(looks) as tracker, anyio.create_task_group() as group:
+        group.start_soon(lambda: tracker.follow(task_id="1", token="t", tool=1))
+        await anyio.sleep(1.0)
+        tracker.keep_quiet(120.0)
+        tracker.keep_quiet(1.0)  # a shorter one does not end a longer one
+        await anyio.sleep(9.0)
+        assert tracker.is_quiet
+        tracker.look_at_once(tracker.watches["1"])
+    assert [age for _, age in looks.seen] == [pytest.approx(121.0)]
+
+
+@virtual_time
+async def test_a_wait_beyond_reason_is_not_kept() -> None:
+    looks = Looks(failing(errors.RateLimited("slow down", retry_after_s=10.0**9), 1.6))
+    await followed(looks)
+    assert looks.age <= MAX_ASKED_S + 5
+
+
+@virtual_time
+async def test_troubles_that_are_over_make_the_next_one_no_longer() -> None:
+    error = errors.ServerFault("502")
+    looks = Looks(after(600, DONE))
+    story = looks.story
+
+    def faltering(age: float) -> Task | None:
+        if len(looks.seen) % 3 == 0 and age < 600:
+            raise error
+        return story(age)
+
+    looks.story = faltering
+    await followed(looks)
+    assert max(looks.gaps()) < 15  # troubles that add up wait for up to 30 s
 
 
 @virtual_time
@@ -285,6 +397,46 @@ async def test_a_task_from_an_earlier_start_is_looked_at_at_once_and_teaches_no_
         await tracker.follow(task_id="1", token="t", tool=1, age_s=3000.0)
         assert looks.seen[0][1] < 0.01
         assert tracker.durations[1].typical_s is None
+        assert tracker.watches == {}
+        looks.story = after(30, DONE)
+        await tracker.follow(task_id="2", token="t", tool=1, age_s=3000.0)
+        assert tracker.durations[1].spread is unknown()
+
+
+@virtual_time
+async def test_a_task_under_way_teaches_how_long_its_tool_takes() -> None:
+    async with tracking(Looks(after(10**6, DONE))) as tracker:
+        with anyio.move_on_after(100):
+            await tracker.follow(task_id="1", token="t", tool=1)
+        assert tracker.durations[1].spread.quantile_s(0.5) > 80
+
+
+@virtual_time
+async def test_time_in_the_service_s_queue_is_no_part_of_a_duration() -> None:
+    queued = Task("1", status="task_queue")
+    looks = Looks(lambda age: queued if age < 100 else after(106, DONE)(age))
+    async with tracking(looks) as tracker:
+        await tracker.follow(task_id="1", token="t", tool=1)
+        [(over_s, by_s)] = tracker.durations[1].seen
+    assert over_s <= 6.0 <= by_s <= 6.0 + 2 * CEILING_S
+    assert looks.age - 106 < 6.0
+
+
+@pytest.mark.parametrize(
+    ("told", "believed"),
+    [(Decimal(6), True), (Decimal(60), False), (Decimal("0.01"), False), (None, False)],
+    ids=["likely", "too long", "too short", "not told"],
+)
+@virtual_time
+async def test_a_duration_that_the_service_tells_is_believed_where_looks_do_not_say_otherwise(
+    told: Decimal | None, believed: bool
+) -> None:
+    looks = Looks(after(6, replace(DONE, elapsed_s=told)))
+    async with tracking(looks) as tracker:
+        await tracker.follow(task_id="1", token="t", tool=1)
+        [(over_s, by_s)] = tracker.durations[1].seen
+    assert over_s <= 6.0 <= by_s < 10.0
+    assert (over_s == by_s) == believed
 
 
 @virtual_time
@@ -293,7 +445,6 @@ async def test_a_task_nobody_follows_any_more_is_not_looked_at() -> None:
     async with tracking(looks) as tracker:
         with anyio.move_on_after(30):
             await tracker.follow(task_id="1", token="t", tool=1)
-        await anyio.sleep(CEILING_S)
         count = len(looks.seen)
         await anyio.sleep(1000)
         assert len(looks.seen) == count
