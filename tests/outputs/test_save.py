@@ -21,8 +21,18 @@ import pytest
 from batchrun.errors import DiskError, OutputCorrupt, OutputError, OutputGone, ReplyLost
 from batchrun.model import Output
 from batchrun.outputs import disk
-from batchrun.outputs.disk import disk_errors, free_bytes, sync_folder_together
-from batchrun.outputs.save import GATHER_BYTES, Fetch, Partial, Saved, adopt, publish, receive, sweep
+from batchrun.outputs.disk import disk_errors, entry_added, free_bytes, sync_entries
+from batchrun.outputs.save import (
+    GATHER_BYTES,
+    Fetch,
+    Partial,
+    Received,
+    Saved,
+    adopt,
+    publish,
+    receive,
+    sweep,
+)
 from tests.support.images import draw
 
 SMALL = draw("PNG")
@@ -98,7 +108,13 @@ async def save(
 ) -> Saved:
     """Fetch it and put it in its place."""
     await receive(fetch, output, partial, max_bytes=max_bytes)
-    return await publish(partial, output, lambda facts: final, **accept)
+    return published(partial, output, final, **accept)
+
+
+def published(partial: Partial, output: Output, final: Path, **accept) -> Saved:
+    image = Received(partial, output.declared_bytes, lambda facts: final, **accept)
+    publish([image])
+    return image.outcome()
 
 
 async def reason(cdn: Cdn, partial: Partial, output: Output, **accept) -> str:
@@ -331,7 +347,7 @@ async def test_a_download_cancelled_at_any_moment_goes_on_afterwards(partial, fi
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
 async def test_publishing_twice_is_publishing_once(data, partial, final):
     saved = await save(Cdn(data).fetch, output(), partial, final)
-    assert await publish(partial, output(), lambda facts: final) == saved
+    assert published(partial, output(), final) == saved
     assert await save(Cdn(data).fetch, output(), partial, final) == saved
     assert final.read_bytes() == data
     assert [path.name for path in final.parent.iterdir()] == [final.name]
@@ -351,7 +367,7 @@ async def test_a_verified_file_deleted_before_its_rename_is_fetched_again(partia
     await receive(Cdn(LARGE).fetch, output(), partial, max_bytes=LIMIT)
     partial.path.unlink()
     with pytest.raises(OutputCorrupt) as caught:
-        await publish(partial, output(), lambda facts: final)
+        published(partial, output(), final)
     assert caught.value.reason == "vanished"
 
 
@@ -441,7 +457,7 @@ def test_a_folder_is_synced_once_for_all_who_wait_and_after_each_ones_entry_was_
 
     def add(name: str) -> None:
         (tmp_path / name).touch()
-        sync_folder_together(tmp_path)
+        sync_entries(tmp_path, entry_added(tmp_path))
         assert any(name in names for names in seen)
 
     monkeypatch.setattr(os, "fsync", slow_fsync)
