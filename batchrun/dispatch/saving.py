@@ -87,10 +87,11 @@ class Saver:
         self._source = source
         self._progress = progress
         self._max_image_bytes = max_image_bytes
-        self._limiter = anyio.CapacityLimiter(downloads)
+        # not CapacityLimiters, which go once round the loop even where there is room
+        self._downloading = anyio.Semaphore(downloads, fast_acquire=True)
         self._publisher = Publisher()
         #: Images that may be in memory, each up to GATHER_BYTES.
-        self._in_hand = anyio.CapacityLimiter(downloads + IN_HAND)
+        self._in_hand = anyio.Semaphore(downloads + IN_HAND, fast_acquire=True)
         self._room_asked_at = float("-inf")
         self._room_bytes = 0
         #: Names in folders of images as they were before this process saved anything there.
@@ -215,7 +216,7 @@ class Saver:
         while True:
             try:
                 async with self._in_hand:
-                    async with self._limiter:
+                    async with self._downloading:
                         self._check_disk(output)
                         await receive(self._source.fetch, output, partial, max_bytes=self._max_image_bytes)
                     self._progress.announce(Fact.DOWNLOADED, row, index=output.index)

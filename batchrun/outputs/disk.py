@@ -115,6 +115,17 @@ def make_durable(folder: Path) -> None:
         _durable_folders.add(folder)
 
 
+def rename_durably(source: Path, target: Path) -> None:
+    """Moves a synced file to a folder that is made if it is not there; its entry is still to be synced."""
+    if target.parent not in _durable_folders:
+        make_durable(target.parent)
+    try:
+        os.rename(source, target)
+    except FileNotFoundError:  # perhaps the folder was deleted from outside
+        make_durable(target.parent)
+        os.rename(source, target)
+
+
 def free_bytes(path: Path) -> int:
     """Bytes that may still be written where `path` lies or will lie."""
     there = next(place for place in (path, *path.absolute().parents) if place.exists())

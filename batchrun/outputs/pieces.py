@@ -20,7 +20,7 @@ BLOCK_BYTES = 4096
 PIECE_BYTES = 2**19
 
 #: Up to twice as much freed memory stays with the process.
-_KEPT_BYTES = 2**22
+_KEPT_BYTES = 2**21
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _free: list[memoryview] = []

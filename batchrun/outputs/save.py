@@ -41,7 +41,7 @@ from batchrun.errors import (
 )
 from batchrun.model import Output
 from batchrun.outputs import pieces
-from batchrun.outputs.disk import disk_errors, entry_added, make_durable, sync_entries, sync_folder
+from batchrun.outputs.disk import disk_errors, entry_added, rename_durably, sync_entries, sync_folder
 from batchrun.outputs.verify import EXTENSIONS, ImageFacts, Verifier
 
 #: Larger files are written to disk while they come, in pieces of this size: a download holds little more than
@@ -460,8 +460,7 @@ def _publishing(image: Received) -> Generator[None, None, Saved]:
                 with partial._written() as file:
                     yield
                     os.fsync(file)
-                make_durable(final.parent)
-                os.rename(partial.path, final)
+                rename_durably(partial.path, final)
                 added = entry_added(final.parent)
                 yield
                 sync_entries(final.parent, added)

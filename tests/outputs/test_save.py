@@ -20,7 +20,7 @@ import pytest
 
 from batchrun.errors import DiskError, OutputCorrupt, OutputError, OutputGone, ReplyLost
 from batchrun.model import Output
-from batchrun.outputs import disk
+from batchrun.outputs import disk, pieces
 from batchrun.outputs.disk import disk_errors, entry_added, free_bytes, sync_entries
 from batchrun.outputs.save import (
     GATHER_BYTES,
@@ -341,6 +341,26 @@ async def test_a_download_cancelled_at_any_moment_goes_on_afterwards(partial, fi
     assert any(start for start, _ in cdn.asked)
 
 
+async def test_memory_is_held_for_what_is_on_its_way_only(tmp_path):
+    for data in (LARGE, SMALL):
+        one = Partial(tmp_path / "partial" / "warm.part")
+        await save(Cdn(data).fetch, output(), one, tmp_path / "images" / f"{len(data)}.png")
+    free = len(pieces._free)
+    on_their_way = [Partial(tmp_path / "partial" / f"{number}.part") for number in range(3)]
+    for number, partial in enumerate(on_their_way):
+        await receive(Cdn(SMALL).fetch, output(), partial, max_bytes=LIMIT)
+        assert len(pieces._free) == max(0, free - number - 1)
+    images = [
+        Received(partial, None, lambda facts, number=number: tmp_path / "images" / f"{number}.png")
+        for number, partial in enumerate(on_their_way)
+    ]
+    publish(images)
+    assert len(pieces._free) == max(free, 3)
+    broken = Partial(tmp_path / "partial" / "broken.part")
+    assert await reason(Cdn(SMALL[:-5]), broken, output()) == "truncated"
+    assert len(pieces._free) == max(free, 3)
+
+
 # --- under the final name --------------------------------------------------------------------------------
 
 
@@ -352,6 +372,33 @@ async def test_publishing_twice_is_publishing_once(data, partial, final):
     assert final.read_bytes() == data
     assert [path.name for path in final.parent.iterdir()] == [final.name]
     assert not partial.path.exists()
+
+
+async def test_images_published_together_share_syncs_and_no_fate(tmp_path, monkeypatch):
+    datas = [draw("PNG", size=(side, side)) for side in (10, 100, 700)]
+    datas.insert(1, SMALL[:-5])
+    received = []
+    for number, data in enumerate(datas):
+        partial = Partial(tmp_path / "partial" / f"{number}.part")
+        await receive(Cdn(data).fetch, output(), partial, max_bytes=LIMIT)
+        final = tmp_path / "images" / "000" / f"{number}.png"
+        received.append(Received(partial, None, lambda facts, final=final: final))
+    final.parent.mkdir(parents=True)
+    disk.make_durable(final.parent)
+    synced, real = [], os.fsync
+
+    def noting(file: int) -> None:
+        synced.append(os.fstat(file).st_ino)
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    publish(received)
+    with pytest.raises(OutputCorrupt):
+        received[1].outcome()
+    for number in (0, 2, 3):
+        assert received[number].outcome().path.read_bytes() == datas[number]
+    paths = [*(received[number].outcome().path for number in (0, 2, 3)), final.parent]
+    assert synced == [path.stat().st_ino for path in paths]
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
