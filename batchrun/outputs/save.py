@@ -1,13 +1,14 @@
 """Brings one output to disk: received, verified whole, then under its final name and durable.
 
 `receive` makes one attempt at all bytes; nothing is looked at on the event loop. Up to GATHER_BYTES are
-gathered in memory, so most images meet the disk only in `publish`: one thread job that verifies, hashes,
-creates, writes, syncs and renames, the fastest way measured. Larger ones are verified and written as they
-come, a job for each such piece, to a file in `partial/`. No file is read a second time.
+gathered in memory, so most images meet the disk only in `publish`: a thread job that verifies, hashes,
+creates, writes, syncs and renames as many as are ready. Larger ones are verified and written as they come, a
+thread job for each such piece, to a file in `partial/`. No file is read a second time.
 
-An interrupted download stays in its `Partial`, held by the caller between attempts. The next one goes on
-where it ended if the server proves that the file is still the same (RFC 9110, 13.1.5 and 14), else it begins
-again. A new process always begins again: hashes do not outlive their process.
+An interrupted download stays in its `Partial`, held by the caller between attempts, with all its bytes in the
+file: what waits takes no memory. The next attempt goes on where it ended if the server proves that the file
+is still the same (RFC 9110, 13.1.5 and 14), else it begins again. A new process always begins again: hashes
+do not outlive their process.
 
 `publish` never replaces a file, and both steps are safe to repeat. What a crash leaves between the rename and
 the record of it, `adopt` takes in.
@@ -46,7 +47,7 @@ from batchrun.outputs.verify import EXTENSIONS, ImageFacts, Verifier
 
 #: Larger files are written to disk while they come, in pieces of this size: a download holds little more than
 #: that, and the thread hops of a write cost nothing beside it.
-GATHER_BYTES = 2**19
+GATHER_BYTES = pieces.PIECE_BYTES
 _READ_BYTES = 2**18
 
 
@@ -257,27 +258,37 @@ async def receive(fetch: Fetch, output: Output, partial: Partial, *, max_bytes: 
         partial.forget()
         partial.url = output.url
     try:
-        asked = partial.resumes_at
         async with _Writing(partial) as file:
-            async with fetch(output.url, start=asked, etag=partial.etag if asked else None) as reply:
-                partial._meet(reply, asked=asked)
-                partial._declared_types = (output.content_type, reply.content_type)
-                _check_limit(partial.total_bytes or 0, max_bytes)
-                async for chunk in reply.chunks:
-                    _check_limit(partial.offset_bytes + len(chunk), max_bytes)
-                    rest = partial._take(memoryview(chunk))
-                    while partial._held_bytes >= GATHER_BYTES:
-                        await file.write_held()
-                        rest = partial._take(rest)
+            try:
+                await _gather(fetch, output, partial, file, max_bytes)
+            except _RESUMABLE:
+                if not partial.resumes_at:
+                    partial.forget()
+                await file.write_rest()
+                raise
             if partial._written_bytes:
-                if partial._held_bytes:
-                    await file.write_held()
-                partial._give_back()
+                await file.write_rest()
     except _RESUMABLE:
         raise
     except BatchrunError:
         partial.forget()
         raise
+
+
+async def _gather(fetch: Fetch, output: Output, partial: Partial, file: _Writing, max_bytes: int) -> None:
+    """Takes in what is sent; every full piece is written."""
+    assert output.url is not None
+    asked = partial.resumes_at
+    async with fetch(output.url, start=asked, etag=partial.etag if asked else None) as reply:
+        partial._meet(reply, asked=asked)
+        partial._declared_types = (output.content_type, reply.content_type)
+        _check_limit(partial.total_bytes or 0, max_bytes)
+        async for chunk in reply.chunks:
+            _check_limit(partial.offset_bytes + len(chunk), max_bytes)
+            rest = partial._take(memoryview(chunk))
+            while partial._held_bytes >= GATHER_BYTES:
+                await file.write_held()
+                rest = partial._take(rest)
 
 
 @dataclass(slots=True, eq=False)
@@ -423,6 +434,12 @@ class _Writing:
                 self._file = AsyncFileIO(await anyio.to_thread.run_sync(_Checking, self._partial), None, None)
             self._partial._written_bytes += await self._file.write(self._partial._held)
         self._partial._held_bytes = 0
+
+    async def write_rest(self) -> None:
+        """Verifies and writes what is in memory, if anything is, and lets the memory go."""
+        if self._partial._held_bytes:
+            await self.write_held()
+        self._partial._give_back()
 
 
 # --- disk work, in threads -------------------------------------------------------------------------------

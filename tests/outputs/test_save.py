@@ -359,6 +359,11 @@ async def test_memory_is_held_for_what_is_on_its_way_only(tmp_path):
     broken = Partial(tmp_path / "partial" / "broken.part")
     assert await reason(Cdn(SMALL[:-5]), broken, output()) == "truncated"
     assert len(pieces._free) == max(free, 3)
+    for etag in ('"v1"', None):  # gone on with, and begun again
+        cdn = Cdn(LARGE, etag=etag, breaks_after=GATHER_BYTES + CHUNK)
+        with pytest.raises(ReplyLost):
+            await receive(cdn.fetch, output(), broken, max_bytes=LIMIT)
+        assert len(pieces._free) == max(free, 3)
 
 
 # --- under the final name --------------------------------------------------------------------------------
