@@ -19,7 +19,7 @@ from statistics import median
 import anyio
 
 from bench.figures import Figure
-from bench.process import Wiro, run
+from bench.process import Cost, Wiro, run
 from bench.service import IMAGES, service
 
 AT_ONCE = 16
@@ -38,20 +38,22 @@ def measure() -> list[Figure]:
         place = Path(name)
         for image, count, target in LOADS:
             megabytes = IMAGES[image] * count / 1e6
-            ratios, synced, speeds, curls = [], [], [], []
+            ratios, synced, speeds, curls, cpu_ms, curl_cpu_ms = [], [], [], [], [], []
             for number in range(ROUNDS):
                 folder = place / f"{image}-{number}"
                 folder.mkdir()
                 if number % 2:
-                    ours = own_s(folder, wiro, image, count)
-                    curl, until_synced = curl_s(folder, wiro, image, count)
+                    ours_s, ours = own_s(folder, wiro, image, count)
+                    curl, sync_s = curl_s(folder, wiro, image, count)
                 else:
-                    curl, until_synced = curl_s(folder, wiro, image, count)
-                    ours = own_s(folder, wiro, image, count)
-                ratios.append(curl / ours)
-                synced.append(until_synced / ours)
-                speeds.append(megabytes / ours)
-                curls.append(megabytes / curl)
+                    curl, sync_s = curl_s(folder, wiro, image, count)
+                    ours_s, ours = own_s(folder, wiro, image, count)
+                ratios.append(curl.wall_s / ours_s)
+                synced.append((curl.wall_s + sync_s) / ours_s)
+                speeds.append(megabytes / ours_s)
+                curls.append(megabytes / curl.wall_s)
+                cpu_ms.append(ours.cpu_s / count * 1000)
+                curl_cpu_ms.append(curl.cpu_s / count * 1000)
             title = f"{count:,} x {IMAGES[image] / 1e6:g} MB"
             note = f"median of {ROUNDS} rounds, {AT_ONCE} at once; verified, hashed and synced"
             figures += [
@@ -64,6 +66,8 @@ def measure() -> list[Figure]:
                     "MB/s",
                     note="writes, checks and syncs nothing",
                 ),
+                Figure(f"{title}: CPU per image, batchrun", median(cpu_ms), "ms", note="start-up included"),
+                Figure(f"{title}: CPU per image, curl", median(curl_cpu_ms), "ms"),
             ]
     return figures
 
@@ -73,8 +77,8 @@ def _addresses(wiro: Wiro, image: str, count: int) -> list[str]:
     return [f"{root}/cdn/{image}/{number}/0.png" for number in range(count)]
 
 
-def curl_s(place: Path, wiro: Wiro, image: str, count: int) -> tuple[float, float]:
-    """Seconds that curl takes, and until what it wrote is on the disk."""
+def curl_s(place: Path, wiro: Wiro, image: str, count: int) -> tuple[Cost, float]:
+    """What curl takes, and the seconds more until what it wrote is on the disk."""
     folder = place / "curl"
     folder.mkdir()
     lines = [
@@ -94,17 +98,17 @@ def curl_s(place: Path, wiro: Wiro, image: str, count: int) -> tuple[float, floa
     cost = run(command, env=os.environ, cwd=folder)
     sync = run(["sync", "--file-system", "."], env=os.environ, cwd=folder)
     _check(folder, count, cost.exit_code)
-    return cost.wall_s, cost.wall_s + sync.wall_s
+    return cost, sync.wall_s
 
 
-def own_s(place: Path, wiro: Wiro, image: str, count: int) -> float:
-    """Seconds that batchrun's saving takes."""
+def own_s(place: Path, wiro: Wiro, image: str, count: int) -> tuple[float, Cost]:
+    """Seconds that batchrun's saving takes, and what the whole process takes."""
     env = {**wiro.env, "PYTHONPATH": str(ROOT)}
     told = place / "seconds.txt"
     command = [sys.executable, "-m", "bench.downloads", "own", image, str(count)]
     cost = run(command, env=env, cwd=place, log=told)
     _check(place / "own", count, cost.exit_code)
-    return float(told.read_text())
+    return float(told.read_text()), cost
 
 
 def _check(folder: Path, count: int, exit_code: int) -> None:
@@ -125,7 +129,7 @@ async def _save_all(folder: Path, image: str, count: int) -> None:
     asked = credentials(os.environ)
     root = asked.base_url.removesuffix("/v1")
     numbers = iter(range(count))
-    downloading, publisher = anyio.CapacityLimiter(AT_ONCE), Publisher()
+    downloading, publisher = anyio.Semaphore(AT_ONCE, fast_acquire=True), Publisher()
 
     async def worker() -> None:
         for number in numbers:

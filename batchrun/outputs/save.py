@@ -422,7 +422,7 @@ class _Writing:
 
     async def __aexit__(self, *_: object) -> None:
         if self._file is not None:
-            with anyio.CancelScope(shield=True):
+            with anyio.CancelScope(shield=True), disk_errors("write", self._partial.path):
                 await self._file.close()
 
     async def write_held(self) -> None:
