@@ -390,10 +390,11 @@ async def test_images_published_together_share_syncs_and_no_fate(tmp_path, monke
         received.append(Received(partial, None, lambda facts, final=final: final))
     final.parent.mkdir(parents=True)
     disk.make_durable(final.parent)
-    synced, real = [], os.fsync
+    synced, there, real = [], [], os.fsync
 
     def noting(file: int) -> None:
         synced.append(os.fstat(file).st_ino)
+        there.append({path.name for path in (tmp_path / "partial").iterdir()})
         real(file)
 
     monkeypatch.setattr(os, "fsync", noting)
@@ -404,6 +405,7 @@ async def test_images_published_together_share_syncs_and_no_fate(tmp_path, monke
         assert received[number].outcome().path.read_bytes() == datas[number]
     paths = [*(received[number].outcome().path for number in (0, 2, 3)), final.parent]
     assert synced == [path.stat().st_ino for path in paths]
+    assert there[0] == {"0.part", "2.part", "3.part"}  # one commit of the file system's serves them all
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
@@ -421,6 +423,15 @@ async def test_a_verified_file_deleted_before_its_rename_is_fetched_again(partia
     with pytest.raises(OutputCorrupt) as caught:
         published(partial, output(), final)
     assert caught.value.reason == "vanished"
+
+
+async def test_a_file_cut_short_from_outside_never_gets_its_name(partial, final):
+    await receive(Cdn(LARGE).fetch, output(), partial, max_bytes=LIMIT)
+    os.truncate(partial.path, len(LARGE) - 1)
+    with pytest.raises(OutputCorrupt) as caught:
+        published(partial, output(), final)
+    assert caught.value.reason == "vanished"
+    assert not final.exists()
 
 
 async def test_a_folder_deleted_between_two_images_is_made_again(partial, final):
