@@ -2,7 +2,8 @@
 
 Both fetch the same addresses from the same server in the same rounds, 16 at once (batchrun's default). Curl
 writes files and does no more, so beside it stands the time until what it wrote is on the disk as well; of
-batchrun the time without the start of Python counts, which a run pays once.
+batchrun the time without the start of Python counts, which a run pays once. All files stay until the end: a file
+system that has just deleted thousands looks for room more slowly, which whoever comes next would pay for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from statistics import median
 import anyio
 
 from bench.figures import Figure
-from bench.process import Wiro, run
+from bench.process import Cost, Wiro, run
 from bench.service import IMAGES, service
 
 AT_ONCE = 16
@@ -37,14 +38,22 @@ def measure() -> list[Figure]:
         place = Path(name)
         for image, count, target in LOADS:
             megabytes = IMAGES[image] * count / 1e6
-            ratios, synced, speeds, curls = [], [], [], []
+            ratios, synced, speeds, curls, cpu_ms, curl_cpu_ms = [], [], [], [], [], []
             for number in range(ROUNDS):
-                ours = own_s(place, f"own-{number}", wiro, image, count)
-                curl, until_synced = curl_s(place, wiro, image, count)
-                ratios.append(curl / ours)
-                synced.append(until_synced / ours)
-                speeds.append(megabytes / ours)
-                curls.append(megabytes / curl)
+                folder = place / f"{image}-{number}"
+                folder.mkdir()
+                if number % 2:
+                    ours_s, ours = own_s(folder, wiro, image, count)
+                    curl, sync_s = curl_s(folder, wiro, image, count)
+                else:
+                    curl, sync_s = curl_s(folder, wiro, image, count)
+                    ours_s, ours = own_s(folder, wiro, image, count)
+                ratios.append(curl.wall_s / ours_s)
+                synced.append((curl.wall_s + sync_s) / ours_s)
+                speeds.append(megabytes / ours_s)
+                curls.append(megabytes / curl.wall_s)
+                cpu_ms.append(ours.cpu_s / count * 1000)
+                curl_cpu_ms.append(curl.cpu_s / count * 1000)
             title = f"{count:,} x {IMAGES[image] / 1e6:g} MB"
             note = f"median of {ROUNDS} rounds, {AT_ONCE} at once; verified, hashed and synced"
             figures += [
@@ -57,6 +66,8 @@ def measure() -> list[Figure]:
                     "MB/s",
                     note="writes, checks and syncs nothing",
                 ),
+                Figure(f"{title}: CPU per image, batchrun", median(cpu_ms), "ms", note="start-up included"),
+                Figure(f"{title}: CPU per image, curl", median(curl_cpu_ms), "ms"),
             ]
     return figures
 
@@ -66,8 +77,8 @@ def _addresses(wiro: Wiro, image: str, count: int) -> list[str]:
     return [f"{root}/cdn/{image}/{number}/0.png" for number in range(count)]
 
 
-def curl_s(place: Path, wiro: Wiro, image: str, count: int) -> tuple[float, float]:
-    """Seconds that curl takes, and until what it wrote is on the disk."""
+def curl_s(place: Path, wiro: Wiro, image: str, count: int) -> tuple[Cost, float]:
+    """What curl takes, and the seconds more until what it wrote is on the disk."""
     folder = place / "curl"
     folder.mkdir()
     lines = [
@@ -86,40 +97,39 @@ def curl_s(place: Path, wiro: Wiro, image: str, count: int) -> tuple[float, floa
     ]
     cost = run(command, env=os.environ, cwd=folder)
     sync = run(["sync", "--file-system", "."], env=os.environ, cwd=folder)
-    _clear(folder, count, cost.exit_code)
-    return cost.wall_s, cost.wall_s + sync.wall_s
+    _check(folder, count, cost.exit_code)
+    return cost, sync.wall_s
 
 
-def own_s(place: Path, name: str, wiro: Wiro, image: str, count: int) -> float:
-    """Seconds that batchrun's saving takes."""
+def own_s(place: Path, wiro: Wiro, image: str, count: int) -> tuple[float, Cost]:
+    """Seconds that batchrun's saving takes, and what the whole process takes."""
     env = {**wiro.env, "PYTHONPATH": str(ROOT)}
     told = place / "seconds.txt"
-    cost = run(
-        [sys.executable, "-m", "bench.downloads", name, image, str(count)], env=env, cwd=place, log=told
-    )
-    _clear(place / name, count, cost.exit_code)
-    return float(told.read_text())
+    command = [sys.executable, "-m", "bench.downloads", "own", image, str(count)]
+    cost = run(command, env=env, cwd=place, log=told)
+    _check(place / "own", count, cost.exit_code)
+    return float(told.read_text()), cost
 
 
-def _clear(folder: Path, count: int, exit_code: int) -> None:
+def _check(folder: Path, count: int, exit_code: int) -> None:
     images = list(folder.rglob("*.png"))
     if exit_code != 0 or len(images) != count:
         raise RuntimeError(f"{folder}: exit code {exit_code}, {len(images)} files of {count}")
-    shutil.rmtree(folder)
 
 
 async def _save_all(folder: Path, image: str, count: int) -> None:
     """Every image through the client and the saving of a run, without its rows."""
-    from batchrun.dispatch.saving import PUBLISHERS
+    from batchrun.dispatch.publishing import Publisher
+    from batchrun.dispatch.saving import IN_HAND
     from batchrun.model import Output
-    from batchrun.outputs.save import Partial, publish, receive
+    from batchrun.outputs.save import Partial, receive
     from batchrun.settings import credentials
     from batchrun.wiro.client import Wiro as Client
 
     asked = credentials(os.environ)
     root = asked.base_url.removesuffix("/v1")
     numbers = iter(range(count))
-    downloading, publishing = anyio.CapacityLimiter(AT_ONCE), anyio.CapacityLimiter(PUBLISHERS)
+    downloading, publisher = anyio.Semaphore(AT_ONCE, fast_acquire=True), Publisher()
 
     async def worker() -> None:
         for number in numbers:
@@ -128,12 +138,15 @@ async def _save_all(folder: Path, image: str, count: int) -> None:
             final = folder / "images" / f"{number}.png"
             async with downloading:
                 await receive(client.fetch, output, partial, max_bytes=2**30)
-            await publish(partial, output, lambda facts, final=final: final, limiter=publishing)
+            await publisher.publish(partial, output, lambda facts, final=final: final, None)
 
     begun = time.perf_counter()
-    async with Client(asked) as client, anyio.create_task_group() as workers:
-        for _ in range(AT_ONCE + PUBLISHERS):
-            workers.start_soon(worker)
+    async with Client(asked) as client, anyio.create_task_group() as publishing:
+        publishing.start_soon(publisher.run)
+        async with anyio.create_task_group() as workers:
+            for _ in range(AT_ONCE + IN_HAND):
+                workers.start_soon(worker)
+        publishing.cancel_scope.cancel()
     print(time.perf_counter() - begun)
 
 

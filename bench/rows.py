@@ -2,13 +2,13 @@
 
 Both sides meet the same prepared answers (`bench.service`): a Run, a Detail, and an image of 200 KB to disk.
 Batchrun does it with full durability, and as many tasks at once that waiting for the first look at a task,
-which the bare loop does not do, is not what is measured.
+which the bare loop does not do, is not what is measured. All images stay until the end: a file system that has
+just deleted thousands looks for room more slowly, which whoever comes next would pay for.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -25,6 +25,8 @@ IN_FLIGHT = 64
 AHEAD = 256
 #: In the run for memory every so many rows one has a large image, 20 of them.
 LARGE_EVERY = 20
+#: Of which the most counts: memory depends on what happens to come together.
+MIXED_RUNS = 3
 ROOT = Path(__file__).parent.parent
 
 
@@ -36,15 +38,22 @@ def measure() -> list[Figure]:
         pace, cpu, own_ms, bare_ms, stalls = [], [], [], [], []
         with service() as wiro:
             for number in range(ROUNDS):  # side by side: a busy moment of the machine strikes both
-                bare = bare_loop(place, f"bare-{number}", wiro)
-                own = own_run(place, f"own-{number}", wiro, tasks=AHEAD)
+                if number % 2:
+                    own = own_run(place, f"own-{number}", wiro, tasks=AHEAD)
+                    bare = bare_loop(place, f"bare-{number}", wiro)
+                else:
+                    bare = bare_loop(place, f"bare-{number}", wiro)
+                    own = own_run(place, f"own-{number}", wiro, tasks=AHEAD)
                 pace.append(bare.wall_s / own.wall_s)
                 cpu.append(own.cpu_s / bare.cpu_s)
                 own_ms.append(own.cpu_s / ROWS * 1000)
                 bare_ms.append(bare.cpu_s / ROWS * 1000)
         manifest(place / "mixed.csv", 20 * LARGE_EVERY)
-        with service(large_every=LARGE_EVERY) as wiro:
-            mixed = own_run(place, "mixed", wiro, manifest="mixed.csv", tasks=IN_FLIGHT)
+        peaks_mb = []
+        for number in range(MIXED_RUNS):
+            with service(large_every=LARGE_EVERY) as wiro:
+                mixed = own_run(place, f"mixed-{number}", wiro, manifest="mixed.csv", tasks=IN_FLIGHT)
+            peaks_mb.append(mixed.peak_mb)
         with service() as wiro:
             late = place / "late.json"
             own_run(place, "stalls", wiro, tasks=IN_FLIGHT, late=late)
@@ -58,11 +67,11 @@ def measure() -> list[Figure]:
         Figure("CPU per row, bare loop", median(bare_ms), "ms"),
         Figure(
             "peak memory",
-            mixed.peak_mb,
+            max(peaks_mb),
             "MB",
             100,
             "<=",
-            f"{IN_FLIGHT} in flight, 20 of 50 MB among {20 * LARGE_EVERY} rows",
+            f"{IN_FLIGHT} in flight, 20 of 50 MB among {20 * LARGE_EVERY} rows, most of {MIXED_RUNS} runs",
         ),
         Figure(
             "event loop late, p99",
@@ -81,7 +90,7 @@ def manifest(path: Path, rows: int) -> None:
 
 
 def bare_loop(place: Path, out: str, wiro: Wiro) -> Cost:
-    """The bare loop over rows.csv; its folder is emptied afterwards."""
+    """The bare loop over rows.csv."""
     env = {**wiro.env, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "bench.peers.bare", "rows.csv", out, str(IN_FLIGHT)]
     return _counted(run(command, env=env, cwd=place), place / out, ROWS)
@@ -103,10 +112,8 @@ def own_run(
 
 
 def _counted(cost: Cost, folder: Path, rows: int) -> Cost:
-    """The cost of a run that left an image per row; frees their room."""
+    """The cost of a run that left an image per row."""
     images = list(folder.rglob("*.png"))
     if cost.exit_code != 0 or len(images) != rows:
         raise RuntimeError(f"{folder}: exit code {cost.exit_code}, {len(images)} images of {rows} rows")
-    for path in images:
-        os.unlink(path)
     return cost

@@ -190,6 +190,7 @@ class Dispatcher:
             for service in (
                 self._tracker.run,
                 self._doubts.run,
+                self._saver.run,
                 self._obey_orders,
                 self._watch,
                 self._ask_newest,

@@ -19,9 +19,10 @@ import anyio
 import anyio.to_thread
 
 from batchrun import errors
+from batchrun.dispatch.publishing import Publisher
 from batchrun.model import Failure, Output, Row, Task
 from batchrun.outputs.disk import disk_errors, free_bytes, make_durable, sync_folder
-from batchrun.outputs.save import Fetch, Partial, Saved, adopt, publish, receive, sweep
+from batchrun.outputs.save import Fetch, Partial, Saved, adopt, receive, sweep
 from batchrun.outputs.verify import EXTENSIONS, ImageFacts
 from batchrun.progress import Fact, Progress
 from batchrun.rules.naming import image_base, image_path, partial_path
@@ -30,8 +31,8 @@ from batchrun.store.store import Store
 
 #: Downloads begin only while this much of the disk is free beside what they declare.
 SPARE_BYTES = 16 * 1024 * 1024
-#: Images verified and synced at once, beside those that are being fetched: syncs overlap.
-PUBLISHERS = 16
+#: Images that have come and may wait to be published, beside those that are being fetched.
+IN_HAND = 16
 #: How often the disk is asked how much is free; what was begun since then is taken off.
 ROOM_S = 1.0
 #: Folders of images whose content at the start of the process is remembered.
@@ -86,10 +87,11 @@ class Saver:
         self._source = source
         self._progress = progress
         self._max_image_bytes = max_image_bytes
-        self._limiter = anyio.CapacityLimiter(downloads)
-        self._publishing = anyio.CapacityLimiter(PUBLISHERS)
+        # not CapacityLimiters, which go once round the loop even where there is room
+        self._downloading = anyio.Semaphore(downloads, fast_acquire=True)
+        self._publisher = Publisher()
         #: Images that may be in memory, each up to GATHER_BYTES.
-        self._in_hand = anyio.CapacityLimiter(downloads + PUBLISHERS)
+        self._in_hand = anyio.Semaphore(downloads + IN_HAND, fast_acquire=True)
         self._room_asked_at = float("-inf")
         self._room_bytes = 0
         #: Names in folders of images as they were before this process saved anything there.
@@ -99,6 +101,10 @@ class Saver:
     async def begin(self) -> None:
         """Remove what an earlier process left half fetched."""
         await anyio.to_thread.run_sync(sweep, self._folder / "partial")
+
+    async def run(self) -> None:
+        """Publish what was fetched; images are saved only while this goes on."""
+        await self._publisher.run()
 
     async def save(self, row: Row) -> Row | Unsaved:
         """The row with all its images saved; Unsaved when one cannot be had (the others are kept).
@@ -210,7 +216,7 @@ class Saver:
         while True:
             try:
                 async with self._in_hand:
-                    async with self._limiter:
+                    async with self._downloading:
                         self._check_disk(output)
                         await receive(
                             self._source.fetch,
@@ -220,9 +226,7 @@ class Saver:
                             silence_s=silence_s(lost),
                         )
                     self._progress.announce(Fact.DOWNLOADED, row, index=output.index)
-                    return await publish(
-                        partial, output, place, limiter=self._publishing, accept_sha256=accept
-                    )
+                    return await self._publisher.publish(partial, output, place, accept)
             except errors.DiskError:
                 with suppress(errors.DiskError):
                     partial.discard()  # on a full disk its room is needed

@@ -77,15 +77,20 @@ class _Shared:
 _shared: defaultdict[Path, _Shared] = defaultdict(_Shared)
 
 
-def sync_folder_together(folder: Path) -> None:
-    """`sync_folder`, at the price of one sync for all threads that wait for the same folder meanwhile."""
+def entry_added(folder: Path) -> int:
+    """Notes that there is a new name in the folder; returns its number for `sync_entries`."""
     with _durable_folders_lock:
         shared = _shared[folder]
         shared.asked += 1
-        mine = shared.asked
+        return shared.asked
+
+
+def sync_entries(folder: Path, number: int) -> None:
+    """`sync_folder`, unless a sync that was begun after this entry has ended meanwhile, or now does."""
+    shared = _shared[folder]
     with shared.turn:
-        if shared.synced >= mine:
-            return  # begun by another thread after our entry was there
+        if shared.synced >= number:
+            return
         covered = shared.asked
         sync_folder(folder)
         shared.synced = covered
@@ -108,6 +113,17 @@ def make_durable(folder: Path) -> None:
             if not was_there:
                 raise  # one far above may be closed to us, and is none of ours
         _durable_folders.add(folder)
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Moves a synced file to a folder that is made if it is not there; its entry is still to be synced."""
+    if target.parent not in _durable_folders:
+        make_durable(target.parent)
+    try:
+        os.rename(source, target)
+    except FileNotFoundError:  # perhaps the folder was deleted from outside
+        make_durable(target.parent)
+        os.rename(source, target)
 
 
 def free_bytes(path: Path) -> int:

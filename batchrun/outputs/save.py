@@ -1,13 +1,14 @@
 """Brings one output to disk: received, verified whole, then under its final name and durable.
 
 `receive` makes one attempt at all bytes; nothing is looked at on the event loop. Up to GATHER_BYTES are
-gathered in memory, so most images meet the disk only in `publish`: one thread job that verifies, hashes,
-creates, writes, syncs and renames, the fastest way measured. Larger ones are verified and written as they
-come, a job for each such piece, to a file in `partial/`. No file is read a second time.
+gathered in memory, so most images meet the disk only in `publish`: a thread job that verifies, hashes,
+creates, writes, syncs and renames as many as are ready. Larger ones are verified and written as they come, a
+thread job for each such piece, to a file in `partial/`. No file is read a second time.
 
-An interrupted download stays in its `Partial`, held by the caller between attempts. The next one goes on
-where it ended if the server proves that the file is still the same (RFC 9110, 13.1.5 and 14), else it begins
-again. A new process always begins again: hashes do not outlive their process.
+An interrupted download stays in its `Partial`, held by the caller between attempts, with all its bytes in the
+file: what waits takes no memory. The next attempt goes on where it ended if the server proves that the file
+is still the same (RFC 9110, 13.1.5 and 14), else it begins again. A new process always begins again: hashes
+do not outlive their process.
 
 `publish` never replaces a file, and both steps are safe to repeat. What a crash leaves between the rename and
 the record of it, `adopt` takes in.
@@ -16,19 +17,20 @@ the record of it, `adopt` takes in.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
 import re
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
-import aiofiles
 import anyio
 import anyio.to_thread
+from aiofiles.threadpool.binary import AsyncFileIO
 
 from batchrun.errors import (
     BatchrunError,
@@ -40,12 +42,13 @@ from batchrun.errors import (
     ServerFault,
 )
 from batchrun.model import Output
-from batchrun.outputs.disk import disk_errors, make_durable, sync_folder, sync_folder_together
+from batchrun.outputs import pieces
+from batchrun.outputs.disk import disk_errors, entry_added, rename_durably, sync_entries, sync_folder
 from batchrun.outputs.verify import EXTENSIONS, ImageFacts, Verifier
 
 #: Larger files are written to disk while they come, in pieces of this size: a download holds little more than
 #: that, and the thread hops of a write cost nothing beside it.
-GATHER_BYTES = 2**19
+GATHER_BYTES = pieces.PIECE_BYTES
 _READ_BYTES = 2**18
 
 
@@ -107,21 +110,22 @@ class Partial:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._piece: memoryview | None = None
         self.forget()
 
     def forget(self) -> None:
         """Makes the next attempt begin again."""
+        self._give_back()
         self.url: str | None = None
         #: The strong ETag of the file that has begun to arrive; only with it can it be gone on with.
         self.etag: str | None = None
         self.total_bytes: int | None = None
         #: Bytes arrived so far.
         self.offset_bytes = 0
-        #: Those of them that are in memory only, and how many there are.
-        self._held: list[bytes] = []
+        #: How many of them are in memory only: at the beginning of the piece.
         self._held_bytes = 0
-        #: How many of the pieces in memory the verifier and the hashes have seen.
-        self._read_pieces = 0
+        #: How many the verifier and the hashes have seen, and how many are in the file.
+        self._read_bytes = 0
         self._written_bytes = 0
         self._verifier = Verifier()
         self._sha256 = hashlib.sha256()
@@ -156,54 +160,60 @@ class Partial:
         self.total_bytes = reply.total_bytes
         self._md5 = hashlib.md5(usedforsecurity=False) if _md5_in(self.etag) else None
 
-    def _take(self, chunk: bytes) -> None:
-        self._held.append(chunk)
-        self._held_bytes += len(chunk)
-        self.offset_bytes += len(chunk)
+    def _take(self, chunk: memoryview) -> memoryview:
+        """Keeps as much of it as there is room for in memory; returns the rest."""
+        if self._piece is None:
+            self._piece = pieces.take()
+        taken = chunk[: GATHER_BYTES - self._held_bytes]
+        self._piece[self._held_bytes : self._held_bytes + len(taken)] = taken
+        self._held_bytes += len(taken)
+        self.offset_bytes += len(taken)
+        return chunk[len(taken) :]
 
-    async def _spill(self) -> None:
-        """Verifies what is in memory and writes it to the file."""
-        # Shielded: after a cancellation it must be known what is in the file, to go on with it.
-        with anyio.CancelScope(shield=True), disk_errors("write", self.path), _vanishing(self.path):
-            await anyio.to_thread.run_sync(self._read)
-            if not self._written_bytes:
-                await anyio.to_thread.run_sync(lambda: self.path.parent.mkdir(parents=True, exist_ok=True))
-            async with aiofiles.open(self.path, "ab" if self._written_bytes else "wb") as file:
-                if await file.tell() != self._written_bytes:
-                    raise OutputCorrupt(f"{self.path} was changed from outside", reason="vanished")
-                await file.write(b"".join(self._held))
-        self._written_bytes += self._held_bytes
-        self._held.clear()
-        self._held_bytes = self._read_pieces = 0
+    @property
+    def _held(self) -> memoryview:
+        """What is in memory only."""
+        return memoryview(b"") if self._piece is None else self._piece[: self._held_bytes]
+
+    def _give_back(self) -> None:
+        """Lets others use the memory; no thread may be at work on it."""
+        if self._piece is not None:
+            pieces.give_back(self._piece)
+            self._piece = None
 
     # --- in threads: a call that hashes lets other threads run, which on the event loop it would wait for ---
 
     def _read(self) -> None:
-        """Gives what is in memory to the verifier and the hashes."""
-        if not self._written_bytes and self._read_pieces == 0 and len(self._held) > 1:
-            self._held = [b"".join(self._held)]
-        for chunk in self._held[self._read_pieces :]:
-            self._verifier.feed(chunk)
-            self._sha256.update(chunk)
+        """Gives what is in memory to the verifier and the hashes, once."""
+        if self._read_bytes < self.offset_bytes:
+            held = self._held
+            self._verifier.feed(held)
+            self._sha256.update(held)
             if self._md5:
-                self._md5.update(chunk)
-            self._read_pieces += 1
+                self._md5.update(held)
+            self._read_bytes += len(held)
 
-    def _store(self) -> None:
-        """Makes the whole file durable at `path`."""
-        if self._written_bytes:
-            with _opened(self.path, 0) as file:
-                os.fsync(file)
-            return
+    @contextmanager
+    def _written(self) -> Iterator[int]:
+        """The file with all bytes in it, still to be synced."""
+        file = pieces.opener(self.path, os.O_WRONLY) if self._written_bytes else self._created()
         try:
-            opened = _opened(self.path, os.O_CREAT | os.O_TRUNC)
+            if not self._written_bytes:
+                pieces.write(file, self._held)
+                self._written_bytes = self._held_bytes
+            elif os.fstat(file).st_size != self._written_bytes:
+                raise _changed(self.path)
+            yield file
+        finally:
+            os.close(file)
+
+    def _created(self) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        try:
+            return pieces.opener(self.path, flags)
         except FileNotFoundError:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            opened = _opened(self.path, os.O_CREAT | os.O_TRUNC)
-        with opened as file:
-            for chunk in self._held:
-                _write(file, chunk)
-            os.fsync(file)
+            return pieces.opener(self.path, flags)
 
     def _judge(self, declared_bytes: int | None, accept: str | None) -> tuple[ImageFacts, tuple[str, ...]]:
         """What the complete body is, and what is to be warned of."""
@@ -253,19 +263,16 @@ async def receive(
         partial.forget()
         partial.url = output.url
     try:
-        asked = partial.resumes_at
-        etag = partial.etag if asked else None
-        async with fetch(output.url, start=asked, etag=etag, silence_s=silence_s) as reply:
-            partial._meet(reply, asked=asked)
-            partial._declared_types = (output.content_type, reply.content_type)
-            _check_limit(partial.total_bytes or 0, max_bytes)
-            async for chunk in reply.chunks:
-                _check_limit(partial.offset_bytes + len(chunk), max_bytes)
-                partial._take(chunk)
-                if partial._held_bytes >= GATHER_BYTES:
-                    await partial._spill()
-        if partial._written_bytes and partial._held:
-            await partial._spill()
+        async with _Writing(partial) as file:
+            try:
+                await _gather(fetch, output, partial, file, max_bytes, silence_s)
+            except _RESUMABLE:
+                if not partial.resumes_at:
+                    partial.forget()
+                await file.write_rest()
+                raise
+            if partial._written_bytes:
+                await file.write_rest()
     except _RESUMABLE:
         raise
     except BatchrunError:
@@ -273,31 +280,75 @@ async def receive(
         raise
 
 
-async def publish(
-    partial: Partial,
-    output: Output,
-    place: Callable[[ImageFacts], Path],
-    *,
-    accept_sha256: str | None = None,
-    limiter: anyio.CapacityLimiter | None = None,
-) -> Saved:
-    """Verifies what was received and puts it where `place` says, durably, in one thread job; safe to repeat.
+async def _gather(
+    fetch: Fetch, output: Output, partial: Partial, file: _Writing, max_bytes: int, silence_s: float
+) -> None:
+    """Takes in what is sent; every full piece is written."""
+    assert output.url is not None
+    asked = partial.resumes_at
+    etag = partial.etag if asked else None
+    async with fetch(output.url, start=asked, etag=etag, silence_s=silence_s) as reply:
+        partial._meet(reply, asked=asked)
+        partial._declared_types = (output.content_type, reply.content_type)
+        _check_limit(partial.total_bytes or 0, max_bytes)
+        async for chunk in reply.chunks:
+            _check_limit(partial.offset_bytes + len(chunk), max_bytes)
+            rest = partial._take(memoryview(chunk))
+            while partial._held_bytes >= GATHER_BYTES:
+                await file.write_held()
+                rest = partial._take(rest)
 
-    The declared size and type are part of the promise: a whole image that breaks it raises OutputCorrupt with
-    the hash of what came (`declared-size`, `declared-type`). When the next complete fetch brings the same
+
+@dataclass(slots=True, eq=False)
+class Received:
+    """An image of which all bytes have come, to be published; then what came of it."""
+
+    partial: Partial
+    declared_bytes: int | None
+    #: Where it goes; not told before the bytes have been looked at.
+    place: Callable[[ImageFacts], Path]
+    #: The hash of bytes that came twice though they are not as declared: they are kept, with warnings.
+    accept_sha256: str | None = None
+    saved: Saved | None = None
+    error: Exception | None = None
+
+    def outcome(self) -> Saved:
+        """Where the image now is; raises what stood in the way."""
+        if self.error is not None:
+            raise self.error
+        assert self.saved is not None
+        return self.saved
+
+
+def publish(images: Sequence[Received]) -> None:
+    """Verifies what was received and puts it where it belongs, durably; safe to repeat.
+
+    To be run in a thread. All are written before the first is synced, and share the syncs of their folders.
+
+    The declared size and type are part of the promise: a whole image that breaks it fails with OutputCorrupt
+    and the hash of what came (`declared-size`, `declared-type`). When the next complete fetch brings the same
     bytes, published with that hash as `accept_sha256`, they are what the service has: kept, with warnings.
 
-    Raises OutputCorrupt (fetch again; its reason a word of Verifier or one of `etag`, `declared-size`,
-    `declared-type`, `vanished`: the partial file was deleted from outside), OutputError when another file is
-    there already (nothing is ever replaced), DiskError.
+    What stands in the way of an image is told by its `outcome`: OutputCorrupt (fetch again; its reason a word
+    of Verifier or one of `etag`, `declared-size`, `declared-type`, `vanished`: the partial file was deleted
+    from outside), OutputError when another file is there already (nothing is ever replaced), DiskError.
     """
+    ways = [(image, _publishing(image)) for image in images]
+    while ways:
+        ways = [(image, way) for image, way in ways if _goes_on(image, way)]
+
+
+def _goes_on(image: Received, way: Generator[None, None, Saved]) -> bool:
+    """Takes the image's next step; whether there is another."""
     try:
-        return await anyio.to_thread.run_sync(
-            _publish, partial, output.declared_bytes, place, accept_sha256, limiter=limiter
-        )
-    except BatchrunError:
-        partial.forget()
-        raise
+        next(way)
+    except StopIteration as end:
+        image.saved = end.value
+    except Exception as error:
+        image.error = error
+    else:
+        return True
+    return False
 
 
 async def adopt(base: Path, declared_bytes: int | None) -> Saved | None:
@@ -347,7 +398,63 @@ def _check_limit(size_bytes: int, max_bytes: int) -> None:
         raise OutputError(f"the file is larger than the limit of {max_bytes} bytes for an image")
 
 
+# --- large images, while they come ------------------------------------------------------------------------
+
+
+class _Checking(io.FileIO):
+    """The partial file: what is written to it is verified and hashed on its way, in the same thread job."""
+
+    def __init__(self, partial: Partial) -> None:
+        partial.path.parent.mkdir(parents=True, exist_ok=True)
+        super().__init__(partial.path, "r+" if partial._written_bytes else "w", opener=pieces.opener)
+        self._partial = partial
+        if self.seek(0, os.SEEK_END) != partial._written_bytes:
+            self.close()
+            raise _changed(partial.path)
+
+    def write(self, held: memoryview) -> int:  # type: ignore[override]
+        self._partial._read()
+        pieces.write(self.fileno(), held)
+        return len(held)
+
+
+class _Writing:
+    """Writes what a partial holds to its file, which is opened for the first piece."""
+
+    def __init__(self, partial: Partial) -> None:
+        self._partial = partial
+        self._file: AsyncFileIO | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._file is not None:
+            with anyio.CancelScope(shield=True), disk_errors("write", self._partial.path):
+                await self._file.close()
+
+    async def write_held(self) -> None:
+        """Verifies what is in memory and writes it."""
+        path = self._partial.path
+        # Shielded: after a cancellation it must be known what is in the file, to go on with it.
+        with anyio.CancelScope(shield=True), disk_errors("write", path), _vanishing(path):
+            if self._file is None:
+                self._file = AsyncFileIO(await anyio.to_thread.run_sync(_Checking, self._partial), None, None)
+            self._partial._written_bytes += await self._file.write(self._partial._held)
+        self._partial._held_bytes = 0
+
+    async def write_rest(self) -> None:
+        """Verifies and writes what is in memory, if anything is, and lets the memory go."""
+        if self._partial._held_bytes:
+            await self.write_held()
+        self._partial._give_back()
+
+
 # --- disk work, in threads -------------------------------------------------------------------------------
+
+
+def _changed(path: Path) -> OutputCorrupt:
+    return OutputCorrupt(f"{path} was changed from outside", reason="vanished")
 
 
 @contextmanager
@@ -359,23 +466,33 @@ def _vanishing(path: Path) -> Iterator[None]:
         raise OutputCorrupt(f"{path} was deleted from outside", reason="vanished") from error
 
 
-def _publish(
-    partial: Partial, declared_bytes: int | None, place: Callable[[ImageFacts], Path], accept: str | None
-) -> Saved:
-    facts, warnings = partial._judge(declared_bytes, accept)
-    final = place(facts)
-    saved = Saved(final, partial._sha256.hexdigest(), partial.offset_bytes, facts, warnings)
-    with disk_errors("write", final), _vanishing(partial.path):
-        if os.path.lexists(final):
-            if not (final.is_file() and _hash(final) == saved.sha256):
-                raise OutputError(f"{final} is there already with other content: move it away and run again")
-            sync_folder(final.parent)
-            partial.path.unlink(missing_ok=True)
-            return saved
-        partial._store()
-        make_durable(final.parent)
-        os.rename(partial.path, final)
-        sync_folder_together(final.parent)
+def _publishing(image: Received) -> Generator[None, None, Saved]:
+    """The way of an image to its place, in steps; between them others take theirs."""
+    partial = image.partial
+    try:
+        facts, warnings = partial._judge(image.declared_bytes, image.accept_sha256)
+        final = image.place(facts)
+        saved = Saved(final, partial._sha256.hexdigest(), partial.offset_bytes, facts, warnings)
+        with disk_errors("write", final), _vanishing(partial.path):
+            if os.path.lexists(final):
+                if not (final.is_file() and _hash(final) == saved.sha256):
+                    raise OutputError(
+                        f"{final} is there already with other content: move it away and run again"
+                    )
+                sync_folder(final.parent)
+                partial.path.unlink(missing_ok=True)
+            else:
+                with partial._written() as file:
+                    yield
+                    os.fsync(file)
+                rename_durably(partial.path, final)
+                added = entry_added(final.parent)
+                yield
+                sync_entries(final.parent, added)
+    except BatchrunError:
+        partial.forget()
+        raise
+    partial._give_back()
     return saved
 
 
@@ -404,22 +521,3 @@ def _adopt(base: Path, declared_bytes: int | None) -> Saved | None:
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _closing(file: int) -> Iterator[int]:
-    try:
-        yield file
-    finally:
-        os.close(file)
-
-
-def _opened(path: Path, flags: int) -> AbstractContextManager[int]:
-    """The file, opened to be written as it is: Python's own files ask the system three things more."""
-    return _closing(os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, 0o666))
-
-
-def _write(file: int, data: bytes) -> None:
-    written = os.write(file, data)
-    while written < len(data):  # a disk that is nearly full takes a part, and fails the next time
-        written += os.write(file, memoryview(data)[written:])

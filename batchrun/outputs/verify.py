@@ -68,21 +68,20 @@ class Verifier:
         """Whether the end of the image has been seen."""
         return self._facts is not None
 
-    def feed(self, chunk: bytes) -> None:
-        """Takes the next bytes of the file."""
+    def feed(self, chunk: bytes | memoryview) -> None:
+        """Takes the next bytes of the file; nothing is kept of the memory they are in."""
         if self._facts is not None:
             return
-        data = self._rest + chunk if self._rest else chunk
-        at = 0
+        data = memoryview(self._rest + chunk if self._rest else chunk)
         if self._parser is None:
             if len(data) < _HEAD_BYTES:
-                self._rest = data
+                self._rest = bytes(data)
                 return
-            format_ = _identify(data[:_HEAD_BYTES])
+            format_ = _identify(bytes(data[:_HEAD_BYTES]))
             self._parser = format_()
             self._want = next(self._parser)
-        at = self._run(self._parser, memoryview(data))
-        self._rest = data[at:]
+        at = self._run(self._parser, data)
+        self._rest = bytes(data[at:])
 
     def finish(self) -> ImageFacts:
         """Says that the file has ended; returns what it is."""

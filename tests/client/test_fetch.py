@@ -30,7 +30,7 @@ from tests.client import raw
 from tests.client.internet import PORT, PUBLIC, PUBLIC6
 from tests.client.raw import Handler, Raw, Request, answer, answering, sending, serving
 
-HASTY = Deadlines(connect_s=0.2, silence_s=0.2)
+HASTY = Deadlines(connect_s=2.0, silence_s=0.2)
 CONTENT = bytes(range(256)) * 4000
 ETAG = '"abc"'
 PATH = "/cdn/0.png"

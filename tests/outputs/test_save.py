@@ -20,9 +20,19 @@ import pytest
 
 from batchrun.errors import DiskError, OutputCorrupt, OutputError, OutputGone, ReplyLost
 from batchrun.model import Output
-from batchrun.outputs import disk
-from batchrun.outputs.disk import disk_errors, free_bytes, sync_folder_together
-from batchrun.outputs.save import GATHER_BYTES, Fetch, Partial, Saved, adopt, publish, receive, sweep
+from batchrun.outputs import disk, pieces
+from batchrun.outputs.disk import disk_errors, entry_added, free_bytes, sync_entries
+from batchrun.outputs.save import (
+    GATHER_BYTES,
+    Fetch,
+    Partial,
+    Received,
+    Saved,
+    adopt,
+    publish,
+    receive,
+    sweep,
+)
 from tests.support.images import draw
 
 SMALL = draw("PNG")
@@ -100,7 +110,13 @@ async def save(
 ) -> Saved:
     """Fetch it and put it in its place."""
     await receive(fetch, output, partial, max_bytes=max_bytes)
-    return await publish(partial, output, lambda facts: final, **accept)
+    return published(partial, output, final, **accept)
+
+
+def published(partial: Partial, output: Output, final: Path, **accept) -> Saved:
+    image = Received(partial, output.declared_bytes, lambda facts: final, **accept)
+    publish([image])
+    return image.outcome()
 
 
 async def reason(cdn: Cdn, partial: Partial, output: Output, **accept) -> str:
@@ -327,17 +343,71 @@ async def test_a_download_cancelled_at_any_moment_goes_on_afterwards(partial, fi
     assert any(start for start, _ in cdn.asked)
 
 
+async def test_memory_is_held_for_what_is_on_its_way_only(tmp_path):
+    for data in (LARGE, SMALL):
+        one = Partial(tmp_path / "partial" / "warm.part")
+        await save(Cdn(data).fetch, output(), one, tmp_path / "images" / f"{len(data)}.png")
+    free = len(pieces._free)
+    on_their_way = [Partial(tmp_path / "partial" / f"{number}.part") for number in range(3)]
+    for number, partial in enumerate(on_their_way):
+        await receive(Cdn(SMALL).fetch, output(), partial, max_bytes=LIMIT)
+        assert len(pieces._free) == max(0, free - number - 1)
+    images = [
+        Received(partial, None, lambda facts, number=number: tmp_path / "images" / f"{number}.png")
+        for number, partial in enumerate(on_their_way)
+    ]
+    publish(images)
+    assert len(pieces._free) == max(free, 3)
+    broken = Partial(tmp_path / "partial" / "broken.part")
+    assert await reason(Cdn(SMALL[:-5]), broken, output()) == "truncated"
+    assert len(pieces._free) == max(free, 3)
+    for etag in ('"v1"', None):  # gone on with, and begun again
+        cdn = Cdn(LARGE, etag=etag, breaks_after=GATHER_BYTES + CHUNK)
+        with pytest.raises(ReplyLost):
+            await receive(cdn.fetch, output(), broken, max_bytes=LIMIT)
+        assert len(pieces._free) == max(free, 3)
+
+
 # --- under the final name --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
 async def test_publishing_twice_is_publishing_once(data, partial, final):
     saved = await save(Cdn(data).fetch, output(), partial, final)
-    assert await publish(partial, output(), lambda facts: final) == saved
+    assert published(partial, output(), final) == saved
     assert await save(Cdn(data).fetch, output(), partial, final) == saved
     assert final.read_bytes() == data
     assert [path.name for path in final.parent.iterdir()] == [final.name]
     assert not partial.path.exists()
+
+
+async def test_images_published_together_share_syncs_and_no_fate(tmp_path, monkeypatch):
+    datas = [draw("PNG", size=(side, side)) for side in (10, 100, 700)]
+    datas.insert(1, SMALL[:-5])
+    received = []
+    for number, data in enumerate(datas):
+        partial = Partial(tmp_path / "partial" / f"{number}.part")
+        await receive(Cdn(data).fetch, output(), partial, max_bytes=LIMIT)
+        final = tmp_path / "images" / "000" / f"{number}.png"
+        received.append(Received(partial, None, lambda facts, final=final: final))
+    final.parent.mkdir(parents=True)
+    disk.make_durable(final.parent)
+    synced, there, real = [], [], os.fsync
+
+    def noting(file: int) -> None:
+        synced.append(os.fstat(file).st_ino)
+        there.append({path.name for path in (tmp_path / "partial").iterdir()})
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    publish(received)
+    with pytest.raises(OutputCorrupt):
+        received[1].outcome()
+    for number in (0, 2, 3):
+        assert received[number].outcome().path.read_bytes() == datas[number]
+    paths = [*(received[number].outcome().path for number in (0, 2, 3)), final.parent]
+    assert synced == [path.stat().st_ino for path in paths]
+    assert there[0] == {"0.part", "2.part", "3.part"}  # one commit of the file system's serves them all
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
@@ -353,8 +423,17 @@ async def test_a_verified_file_deleted_before_its_rename_is_fetched_again(partia
     await receive(Cdn(LARGE).fetch, output(), partial, max_bytes=LIMIT)
     partial.path.unlink()
     with pytest.raises(OutputCorrupt) as caught:
-        await publish(partial, output(), lambda facts: final)
+        published(partial, output(), final)
     assert caught.value.reason == "vanished"
+
+
+async def test_a_file_cut_short_from_outside_never_gets_its_name(partial, final):
+    await receive(Cdn(LARGE).fetch, output(), partial, max_bytes=LIMIT)
+    os.truncate(partial.path, len(LARGE) - 1)
+    with pytest.raises(OutputCorrupt) as caught:
+        published(partial, output(), final)
+    assert caught.value.reason == "vanished"
+    assert not final.exists()
 
 
 async def test_a_folder_deleted_between_two_images_is_made_again(partial, final):
@@ -443,7 +522,7 @@ def test_a_folder_is_synced_once_for_all_who_wait_and_after_each_ones_entry_was_
 
     def add(name: str) -> None:
         (tmp_path / name).touch()
-        sync_folder_together(tmp_path)
+        sync_entries(tmp_path, entry_added(tmp_path))
         assert any(name in names for names in seen)
 
     monkeypatch.setattr(os, "fsync", slow_fsync)
