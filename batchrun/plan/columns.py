@@ -19,8 +19,8 @@ from typing import Any
 from batchrun.errors import ManifestError
 from batchrun.model import Block, Cell, LocalImage, Value
 from batchrun.plan.identity import HASH_BYTES
-from batchrun.store.planning import StagedBlock
 from batchrun.store.records import dumps
+from batchrun.store.staged import StagedBlock
 from batchrun.tools.bind import Binder, ReadImage, Refused
 
 #: Different cells that a column remembers; texts that are all different are not worth more.

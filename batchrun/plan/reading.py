@@ -23,8 +23,9 @@ from batchrun.plan.columns import Columns
 from batchrun.plan.hints import Hints
 from batchrun.plan.identity import content_hash
 from batchrun.plan.inputs import LocalImages
-from batchrun.store.planning import Planning, Staged
+from batchrun.store.planning import Planning
 from batchrun.store.records import cells_given, dumps, given_to_json
+from batchrun.store.staged import Staged
 from batchrun.tools.bind import Binder, Refused, closest
 from batchrun.tools.catalog import Catalog, to_json
 

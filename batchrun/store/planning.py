@@ -18,11 +18,11 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
-from typing import Any, NamedTuple
+from typing import Any
 
 from batchrun.model import State
 from batchrun.rules.naming import stem, stem_with_hash
@@ -32,6 +32,7 @@ from batchrun.store.changes import NEXT_GENERATION, next_settled
 from batchrun.store.migrations import migrate
 from batchrun.store.reading import read_value
 from batchrun.store.records import cells_given, dumps
+from batchrun.store.staged import Staged, StagedBlock
 
 #: Staged rows are written in groups of this many, or of so many characters: a row may have megabytes.
 GROUP = 2000
@@ -62,48 +63,6 @@ _RESTING = _texts((State.PLANNED, State.FAILED, State.CANCELLED, State.INVALID))
 _PAID = (
     f"(known.state = 'done' OR (known.state = 'failed' AND known.cause IN ({_texts(sorted(PAID_CAUSES))})))"
 )
-
-
-class Staged(NamedTuple):
-    """One request of the manifest as read, to be merged."""
-
-    line: int
-    id: str | None
-    #: Hash of what is asked for: tool, values, contents of local files.
-    content: bytes
-    #: The same without what `--set` adds.
-    own: bytes
-    #: The tool description's number; None for an invalid row.
-    tool: int | None
-    given: str
-    extra: str
-    images: int
-    #: The row as the manifest had it, as JSON; None when what it gives tells it (records.cells_given).
-    cells: str | None
-    #: What is wrong with an invalid row; None for a good one.
-    message: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StagedBlock:
-    """Requests of one tool that carry nothing beside parameters, none of them wrong, by the column."""
-
-    lines: Sequence[int]
-    ids: Sequence[str | None]
-    contents: Sequence[bytes]
-    own: Sequence[bytes]
-    tool: int
-    given: Sequence[str]
-    images: Sequence[int]
-    #: By place in the block; no others have any.
-    cells: Mapping[int, str]
-
-    def row(self, at: int) -> Staged:
-        """One of them by itself."""
-        return Staged(
-            self.lines[at], self.ids[at], self.contents[at], self.own[at], self.tool, self.given[at], "{}",
-            self.images[at], self.cells.get(at),
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +237,7 @@ class Planning:
             self._run(_STAGED)
             return
         self._run("PRAGMA foreign_keys = OFF")  # the tools' numbers are our own,
-        self._run("PRAGMA ignore_check_constraints = ON")  # and so are the states: looked up row by row
+        self._run("PRAGMA ignore_check_constraints = ON")  # and so are the states
         self._run("BEGIN IMMEDIATE")
         self._indexes.update(
             self._run(

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchrun.store.migrations import migrate
-from batchrun.store.planning import Staged
 from batchrun.store.reading import read_counts
+from batchrun.store.staged import Staged
 from tests.support.rows import merge, staged
 
 PROMPTS = st.sampled_from(["cat", "dog", "fox"])

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from batchrun.model import Accepted, Counts, Failure, Output, RemoteOutput, Row, State, Task
 from batchrun.rules.states import Event
-from batchrun.store.planning import Merged, Planning, Staged
+from batchrun.store.planning import Merged, Planning
+from batchrun.store.staged import Staged
 from batchrun.store.store import Intent, Store, connect
 
 TOOL = '{"slug": "any", "run_path": "/Run/wiro/any"}'
