@@ -197,6 +197,9 @@ async def test_an_end_that_a_page_shows_during_a_look_counts_once() -> None:
         while not looks.running:
             await anyio.sleep(0.01)
         watch = tracker.watches["1"]
+        seen_at = watch.seen_at
+        tracker.listed(watch, RUNNING, asked_at=seen_at - 1.0)  # a page that came late
+        assert watch.seen_at == seen_at
         tracker.listed(watch, DONE, asked_at=anyio.current_time())
         await anyio.sleep(10.0)
         assert watch.result == (DONE, Succeeded())
