@@ -105,6 +105,7 @@ async def follow_all(service: Service, tasks: int, *, with_tokens: bool = True) 
 
     async with anyio.create_task_group() as group:
         group.start_soon(tracker.run)
+        await anyio.sleep(0.1)
         async with anyio.create_task_group() as follows:
             for number in range(1, tasks + 1):
                 follows.start_soon(follow, str(number))
