@@ -14,7 +14,7 @@ from batchrun import errors
 from batchrun.dispatch.sweep import AGAIN_S, FROM, LEAST_FAILURES, MAX_PAGES, UNTIL, Sweeps
 from batchrun.dispatch.track import BUDGET_PER_S, Tracker
 from batchrun.model import RemoteOutput, Task
-from batchrun.rules.pages import MARGIN, PAGE, Page, best
+from batchrun.rules.pages import MARGIN, PAGE, Page, best, requests_per_s
 from batchrun.rules.policy import Succeeded, TaskFailed
 from tests.support.clock import virtual_time
 
@@ -46,6 +46,11 @@ def test_a_page_asks_for_no_more_than_the_service_gives() -> None:
     assert isinstance(choice, Page)
     assert choice.limit <= PAGE
     assert choice.last - choice.first + 1 <= PAGE - 2 * MARGIN + 1
+
+
+def test_pages_of_many_tasks_take_no_more_than_the_budget() -> None:
+    assert requests_per_s(10_000, alive_s=8.0, budget_per_s=50.0) == 50.0
+    assert requests_per_s(30, alive_s=60.0, budget_per_s=50.0) < 30 / 2
 
 
 class Service:
