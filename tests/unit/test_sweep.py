@@ -14,7 +14,7 @@ from batchrun import errors
 from batchrun.dispatch.sweep import AGAIN_S, FROM, LEAST_FAILURES, MAX_PAGES, UNTIL, Sweeps
 from batchrun.dispatch.track import BUDGET_PER_S, Tracker
 from batchrun.model import RemoteOutput, Task
-from batchrun.rules.pages import MARGIN, PAGE, Page, best
+from batchrun.rules.pages import MARGIN, PAGE, Page, best, requests_per_s
 from batchrun.rules.policy import Succeeded, TaskFailed
 from tests.support.clock import virtual_time
 
@@ -48,6 +48,11 @@ def test_a_page_asks_for_no_more_than_the_service_gives() -> None:
     assert choice.last - choice.first + 1 <= PAGE - 2 * MARGIN + 1
 
 
+def test_pages_of_many_tasks_take_no_more_than_the_budget() -> None:
+    assert requests_per_s(10_000, alive_s=8.0, budget_per_s=50.0) == 50.0
+    assert requests_per_s(30, alive_s=60.0, budget_per_s=50.0) < 30 / 2
+
+
 class Service:
     """Tasks that take between 5 and 9 seconds each, in the order of their ids, beside those of others."""
 
@@ -58,6 +63,8 @@ class Service:
         self.rng = Random(1)
         self.others = others
         self.list_error: Exception | None = None
+        #: Every so many-th list fails.
+        self.fails_every = 10**9
         self.hides: set[str] = set()
         self.fails = False
         #: Ended tasks show their images so much later.
@@ -94,6 +101,7 @@ class Service:
 
     async def list_tasks(self, start: int = 0, limit: int = 100) -> list[Task]:
         self.lists += 1
+        number = self.lists
         self.asked_at.append(anyio.current_time())
         self.running += 1
         self.most_running = max(self.most_running, self.running)
@@ -101,8 +109,10 @@ class Service:
         self.running -= 1
         if self.list_error is not None:
             raise self.list_error
-        numbers = [number for number, _, _ in reversed(self.made) if str(number) not in self.hides]
-        return [self.shown(number) for number in numbers[start : start + limit]]
+        if number % self.fails_every == 0:
+            raise errors.ServerFault("502")
+        numbers = [made for made, _, _ in reversed(self.made) if str(made) not in self.hides]
+        return [self.shown(made) for made in numbers[start : start + limit]]
 
 
 @asynccontextmanager
@@ -329,3 +339,22 @@ async def test_a_task_whose_id_is_no_number_is_looked_at_beside_the_pages() -> N
         group.cancel_scope.cancel()
     assert verdicts == [Succeeded()] * 30
     assert service.lag_s["1"] < 5.0
+
+
+@virtual_time
+async def test_a_list_that_fails_now_and_then_is_used_on_and_nothing_is_said() -> None:
+    service, notes = Service(), list[str]()
+    service.fails_every = 2
+    assert set(await follow_all(service, 300, notes=notes)) == {Succeeded()}
+    assert notes == []
+    assert service.lists + service.details < 300
+    assert mean_lag_s(service) < 0.25
+
+
+@virtual_time
+async def test_a_list_that_keeps_failing_is_tried_ever_more_rarely() -> None:
+    service = Service()
+    service.list_error = errors.NotFound("no such endpoint")
+    service.slow, service.slower_s = FROM + 5, 6.5 * AGAIN_S
+    await follow_all(service, FROM + 5)
+    assert service.lists == 3  # at first, after AGAIN_S, and after twice that

@@ -197,6 +197,9 @@ async def test_an_end_that_a_page_shows_during_a_look_counts_once() -> None:
         while not looks.running:
             await anyio.sleep(0.01)
         watch = tracker.watches["1"]
+        seen_at = watch.seen_at
+        tracker.listed(watch, RUNNING, asked_at=seen_at - 1.0)  # a page that came late
+        assert watch.seen_at == seen_at
         tracker.listed(watch, DONE, asked_at=anyio.current_time())
         await anyio.sleep(10.0)
         assert watch.result == (DONE, Succeeded())
@@ -274,8 +277,12 @@ async def test_while_the_service_asks_for_a_wait_not_even_a_task_said_to_have_en
 @virtual_time
 async def test_a_wait_beyond_reason_is_not_kept() -> None:
     looks = Looks(failing(errors.RateLimited("slow down", retry_after_s=10.0**9), 1.6))
-    await followed(looks)
-    assert looks.age <= MAX_ASKED_S + 5
+    async with tracking(looks) as tracker:
+        await tracker.follow(task_id="1", token="t", tool=1)
+        assert looks.age <= MAX_ASKED_S + 5
+        tracker.keep_quiet(10.0**9)
+        await anyio.sleep(MAX_ASKED_S + 1)
+        assert not tracker.is_quiet
 
 
 @virtual_time
