@@ -27,6 +27,7 @@ from batchrun.dispatch.dispatcher import Dispatcher, Limits
 from batchrun.dispatch.listing import Listing
 from batchrun.dispatch.saving import Saver
 from batchrun.dispatch.search import Search
+from batchrun.dispatch.stopping import StopSign
 from batchrun.manifest.job import Job
 from batchrun.manifest.json_text import shown
 from batchrun.model import TERMINAL, Counts, Failure, Row, State
@@ -312,11 +313,13 @@ class Runner:
         binder_of: Callable[[str], Binder],
     ) -> Dispatcher:
         job = self.job
+        sign = StopSign()
         saver = Saver(
             self.folder.path,
             store,
             wiro,
             self.progress,
+            sign,
             downloads=job.downloads,
             max_image_bytes=job.max_image_bytes,
         )
@@ -326,6 +329,7 @@ class Runner:
             store=store,
             service=wiro,
             saver=saver,
+            sign=sign,
             progress=self.progress,
             limits=Limits(
                 concurrency=None if job.concurrency == "auto" else int(job.concurrency),

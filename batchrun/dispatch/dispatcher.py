@@ -114,6 +114,7 @@ class Dispatcher:
         store: Store,
         service: Service,
         saver: Saver,
+        sign: StopSign,
         progress: Progress,
         limits: Limits,
         cap: Cap,
@@ -135,7 +136,7 @@ class Dispatcher:
         self._failures = Failures(limits.halt)
         self._binders = binders
         self._tools: dict[int, Binder] = {}
-        self._sign = StopSign()
+        self._sign = sign
         self._cancelling = False
         self._on_their_way = 0
         self._rows_scope: anyio.CancelScope | None = None

@@ -20,6 +20,7 @@ import anyio.to_thread
 
 from batchrun import errors
 from batchrun.dispatch.publishing import Publisher
+from batchrun.dispatch.stopping import StopSign
 from batchrun.model import Failure, Output, Row, Task
 from batchrun.outputs.disk import disk_errors, free_bytes, make_durable, sync_folder
 from batchrun.outputs.save import Fetch, Partial, Saved, adopt, receive, sweep
@@ -76,6 +77,7 @@ class Saver:
         store: Store,
         source: Source,
         progress: Progress,
+        sign: StopSign,
         *,
         downloads: int,
         max_image_bytes: int,
@@ -86,6 +88,7 @@ class Saver:
         self._store = store
         self._source = source
         self._progress = progress
+        self._sign = sign
         self._max_image_bytes = max_image_bytes
         # not CapacityLimiters, which go once round the loop even where there is room
         self._downloading = anyio.Semaphore(downloads, fast_acquire=True)
@@ -240,7 +243,10 @@ class Saver:
                 partial.discard()
                 return Unsaved(next_.failure)
             accept = next_.accept_sha256 or accept
-            await anyio.sleep(next_.after_s)
+            with self._sign.wait() as waiting:
+                await anyio.sleep(next_.after_s)
+            if waiting.cancelled_caught:  # what is under way is finished, what is in trouble is left
+                return Unsaved(Failure("download stopped", "the run stopped while the image was waited for"))
             if next_.refresh:
                 refreshed = await self._refresh(row, output)
                 now = anyio.current_time()

@@ -252,6 +252,25 @@ def fill(place: Path) -> None:
             file.write(bytes(4096))
 
 
+async def test_a_run_that_is_stopped_does_not_wait_for_a_download_in_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batchrun.rules.policy.backoff_s", lambda attempt, **bounds: 3600.0)
+    job = job_of(write_rows(tmp_path / "m.csv", 1))
+    async with Simulator(seconds=0.05, faults=["cdn-500@1"]) as sim:
+        runner = Runner(job, credentials_of(sim))
+
+        def stop_in_trouble(event: Event) -> None:
+            if event.fact is Fact.NOTE:
+                runner.stop("enough")
+
+        runner.progress.listen(stop_in_trouble)
+        with anyio.fail_after(30):  # downloads that go on get twice as long
+            assert (await runner.run()).exit_code == 3
+        assert (await run_job(sim, job)).exit_code == 0
+        await check_true(sim, tmp_path / "run", 1)
+
+
 @pytest.mark.parametrize(
     "fact",
     [Fact.INTENT, Fact.ACCEPTED, Fact.IN_FLIGHT, Fact.FINISHED, Fact.DOWNLOADED, Fact.PUBLISHED, Fact.DONE],
