@@ -186,6 +186,7 @@ def test_a_tool_that_changes_is_learned_anew() -> None:
     durations = Durations()
     for _ in range(KEPT):
         durations.add(6.0)
+    assert durations.typical_s == pytest.approx(6.0, rel=0.02)
     for _ in range(KEPT):
         durations.add(30.0)
     assert durations.typical_s == pytest.approx(30.0, rel=0.02)
@@ -240,6 +241,7 @@ def test_the_expected_wait_of_a_task_grows_with_the_chance_that_it_is_over() -> 
     assert spread.waited_s(5.0, 4.0) == 0.0
     assert 0 < spread.waited_s(0.0, 1.0) < spread.waited_s(0.0, 3.0) < 3.0
     assert Spread([0.0] * (len(_EDGES) - 1)).waited_s(0.0, 100.0) == 0.0
+    assert Spread([1.0] + [0.0] * (len(_EDGES) - 2)).waited_s(5.0, 8.0) == 3.0  # it should be over long since
 
 
 @pytest.mark.parametrize(
@@ -307,7 +309,7 @@ def test_requests_beyond_the_budget_are_made_up_for_in_a_second_at_most() -> Non
 
 
 def test_looks_keep_their_bounds_at_any_age_and_price() -> None:
-    for price_s in (0.02, 0.3, 300.0):
+    for price_s in (0.0001, 0.02, 0.3, 300.0):
         schedule = unknown().schedule(price_s)
-        for age_s in (0.0, 1e-9, 0.05, 1.0, 77.7, 7199.0, 7201.0, 1e9):
+        for age_s in (0.0, 1e-9, 0.05, 0.3, 1.0, 77.7, 7199.0, 7201.0, 1e9):
             assert FLOOR_S <= schedule.next_look_s(age_s) <= CEILING_S
