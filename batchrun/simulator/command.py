@@ -130,6 +130,14 @@ def _decimal(_context: click.Context, _parameter: click.Parameter, value: str) -
     "--stall", type=float, default=90.0, show_default=True, help="Seconds that a stalled answer takes."
 )
 @click.option(
+    "--retry-after",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    metavar="SECONDS",
+    help="What an answer that asks to slow down (HTTP 429) asks for.",
+)
+@click.option(
     "--memory",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
@@ -147,6 +155,7 @@ def simulate(
     queue: bool,
     key_only: bool,
     stall: float,
+    retry_after: int,
     memory: Path | None,
     with_parent: bool,
 ) -> None:
@@ -178,6 +187,7 @@ def simulate(
         balance_usd=balance,
         queue=queue,
         stall_s=stall,
+        retry_after_s=retry_after,
         memory=memory,
     )
     if key_only:

@@ -23,6 +23,8 @@ from tests.support.runs import job_of
 
 ROWS = 4
 RUN = ("run", "p.csv", "--tool", TOOL, "--set", "samples=1")
+#: After two tasks the service asks to wait: however slow the machine, a signal finds the run at work.
+BUSY = ("--fault", "run-429@3", "--retry-after", "600")
 
 
 @contextmanager
@@ -82,7 +84,7 @@ def goes_on(here: Here) -> None:
 def test_a_signal_ends_a_run_in_order_and_the_next_start_completes_it(
     tmp_path: Path, signals: list[int], fault: str, drained: bool
 ) -> None:
-    with service(tmp_path, "--fault", f"{fault}@1,2") as here:
+    with service(tmp_path, "--fault", f"{fault}@1,2", *BUSY) as here:
         with here.start(*RUN, "--log", "log.jsonl") as going:
             until(lambda: "finished" in facts_of(here), "an image is under way")
             said = ""
@@ -168,7 +170,7 @@ def test_streams_that_are_gone_change_nothing_about_a_run(
 
 
 def test_a_terminal_that_closes_over_a_download_ends_the_run_in_order(tmp_path: Path) -> None:
-    with service(tmp_path, "--fault", "cdn-drip@1,2") as here:
+    with service(tmp_path, "--fault", "cdn-drip@1,2", *BUSY) as here:
         ours, theirs = pty.openpty()
         with subprocess.Popen(
             [*COMMAND, *RUN, "--log", "log.jsonl"],
