@@ -32,7 +32,7 @@ test: $(READY)  ## run all tests
 test-fast: $(READY)  ## run the tests of the rules and properties only
 	$(BIN)/pytest tests/unit tests/property -n 2
 
-soak: $(READY)  ## run 20,000 rows under every trouble at once (half an hour)
+soak: $(READY)  ## run 20,000 rows under every trouble at once (twenty minutes)
 	$(BIN)/python -m tests.soak
 
 crash: $(READY)  ## kill runs at every named point and resume them

@@ -246,7 +246,7 @@ class Slot:
 class Room:
     """Bounds the rows on their way. Rows that are looked up count apart: they wait, and cost little."""
 
-    def __init__(self, rows: int, *, doubts: int = 1000) -> None:
+    def __init__(self, rows: int, *, doubts: int = 3000) -> None:
         self._free = rows
         self._free_for_doubts = doubts
         self._changed = anyio.Event()
