@@ -27,6 +27,9 @@ from batchrun.store.reading import known_tasks
 #: a million rows would take half a minute.
 PATIENCE_S = 0.05
 FURTHER_S = 1.0
+#: A larger state is only looked at while the run goes on: before 3.42 SQLite reads all pages of it before it
+#: asks whether to go on.
+LARGE_BYTES = 64 * 2**20
 #: The end of results.jsonl that is held against the state, in bytes.
 TAIL_BYTES = 64 * 1024
 #: Frames of the log whose checksums are followed (80 MB); beyond that SQLite's own word counts.
@@ -44,8 +47,8 @@ def check_sound(folder: Folder, *, patience_s: float | None = PATIENCE_S) -> Non
     """
     state = folder.state
     try:
-        is_there = state.exists() and state.stat().st_size > 0
-        if not is_there:
+        size_bytes = state.stat().st_size if state.exists() else 0
+        if not size_bytes:
             if folder.has_results:
                 raise damaged(state, "it is empty" if state.exists() else "it is missing")
             return
@@ -57,7 +60,8 @@ def check_sound(folder: Folder, *, patience_s: float | None = PATIENCE_S) -> Non
         raise DiskError(f"the state cannot be read: {state}: {error.strerror}") from error
     try:
         with closing(connect(state, read_only=True)) as connection:
-            _check_pages(connection, state, patience_s)
+            if patience_s is None or size_bytes <= LARGE_BYTES:
+                _check_pages(connection, state, patience_s)
             _check_age(connection, folder, has_log=has_log)
     except (sqlite3.Error, UnicodeDecodeError) as error:
         raise (
