@@ -128,6 +128,7 @@ _READING = (
         help="A manifest row's size at most, which bounds memory. Default: 16777216.",
     ),
 )
+_BOUNDS = (_cost_option, _halt_option, _stuck_option, _pause_option, _track_option, _looks_option)
 _WORKING = (
     click.option("--out", type=_PATH, metavar="DIR", help="The run's folder. Default: runs/<manifest name>."),
     click.option("--limit", type=_COUNT, metavar="N", help="Only the first N rows, for a try."),
@@ -140,12 +141,7 @@ _WORKING = (
         metavar="N",
         help="Submissions of a row while its tasks fail, which is not billed. Default: 3.",
     ),
-    _cost_option,
-    _halt_option,
-    _stuck_option,
-    _pause_option,
-    _track_option,
-    _looks_option,
+    *_BOUNDS,
     _flag("--rerun-changed", "Buy finished rows again that ask for something else now."),
     lost_option,
 )
@@ -177,18 +173,7 @@ def _all(options: tuple[Callable[[Any], Any], ...]) -> Callable[[Command], Comma
 #: What reads a manifest, what works on it, how the service is asked and shown.
 reading_options = _all(_READING)
 working_options = _all(_WORKING)
-bounds_options = _all(
-    (
-        concurrency_option,
-        _cost_option,
-        _halt_option,
-        _stuck_option,
-        _pause_option,
-        _track_option,
-        _looks_option,
-        lost_option,
-    )
-)
+bounds_options = _all((concurrency_option, *_BOUNDS, lost_option))
 service_options = _all(_SERVICE)
 #: What `service_options` are called as arguments.
 SERVICE_NAMES = frozenset({"env_file", "simulate", "log_file", "no_display"})
