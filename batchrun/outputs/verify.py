@@ -54,9 +54,11 @@ class Verifier:
     `empty`, `html`, `not-an-image`, `truncated`, `structure` or `crc`.
     """
 
-    __slots__ = ("_facts", "_parser", "_rest", "_want")
+    __slots__ = ("_facts", "_parser", "_rest", "_want", "has_checksums")
 
     def __init__(self) -> None:
+        #: The format carries checksums of all its bytes (PNG); false until its head has come.
+        self.has_checksums = False
         self._parser: Parser | None = None
         self._want: Want = (_HEAD_BYTES, _HEAD_BYTES)
         #: Bytes arrived that the parser cannot use yet.
@@ -78,6 +80,7 @@ class Verifier:
                 self._rest = bytes(data)
                 return
             format_ = _identify(bytes(data[:_HEAD_BYTES]))
+            self.has_checksums = format_ is _png
             self._parser = format_()
             self._want = next(self._parser)
         at = self._run(self._parser, data)

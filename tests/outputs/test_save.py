@@ -37,6 +37,8 @@ from tests.support.images import draw
 
 SMALL = draw("PNG")
 LARGE = draw("PNG", size=(1000, 1000))
+PHOTO = draw("JPEG")
+LARGE_PHOTO = draw("JPEG", size=(2500, 2500))
 URL = "http://127.0.0.1/0.png"
 LIMIT = 2**26
 CHUNK = 2**16
@@ -155,7 +157,8 @@ async def test_only_a_large_image_touches_the_partial_folder_while_it_comes(part
         ({"data": SMALL}, {"declared_bytes": len(SMALL) + 1}, "declared-size"),
         ({"data": SMALL}, {"content_type": "image/jpeg"}, "declared-type"),
         ({"data": SMALL, "content_type": "text/html; charset=utf-8"}, {}, "declared-type"),
-        ({"data": SMALL, "etag": f'"{"0" * 32}"'}, {}, "etag"),
+        ({"data": PHOTO, "etag": f'"{"0" * 32}"', "content_type": "image/jpeg"}, {}, "etag"),
+        ({"data": LARGE_PHOTO, "etag": f'"{"0" * 32}"', "content_type": "image/jpeg"}, {}, "etag"),
     ],
 )
 async def test_what_is_not_the_image_promised_is_refused(changes, declared, expected, partial):
@@ -183,10 +186,17 @@ async def test_a_content_type_that_says_nothing_else_is_fine(content_type, parti
     assert saved.warnings == ()
 
 
-@pytest.mark.parametrize("etag", [f'"{hashlib.md5(LARGE).hexdigest()}"', '"v1"', 'W/"0"', '""', None])
+@pytest.mark.parametrize("etag", [f'"{hashlib.md5(LARGE_PHOTO).hexdigest()}"', '"v1"', 'W/"0"', '""', None])
 async def test_an_etag_is_compared_only_where_it_is_an_md5(etag, partial, final):
-    saved = await save(Cdn(LARGE, etag=etag).fetch, output(), partial, final)
-    assert saved.size_bytes == len(LARGE)
+    cdn = Cdn(LARGE_PHOTO, etag=etag, content_type="image/jpeg")
+    saved = await save(cdn.fetch, output(), partial, final)
+    assert saved.size_bytes == len(LARGE_PHOTO) > GATHER_BYTES
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+async def test_a_png_is_believed_by_its_own_checksums_whatever_hash_the_etag_is(data, partial, final):
+    saved = await save(Cdn(data, etag=f'"{"0" * 32}"').fetch, output(), partial, final)
+    assert saved.warnings == ()
 
 
 async def test_what_is_declared_wrong_twice_over_the_same_bytes_is_kept_with_warnings(partial, final):
