@@ -11,7 +11,6 @@ import os
 import shlex
 import sqlite3
 import threading
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -86,15 +85,20 @@ class _Pending(Generic[T]):
     settled: bool = False
     result: T | None = None
     error: Exception | None = None
-    #: It is to commit for all who wait.
-    leads: bool = False
-    #: Its task sleeps on this while another one commits: until it is settled, or is to commit itself.
-    woken: anyio.Event | None = None
 
     def outcome(self) -> T:
         if self.error is not None:
             raise self.error
         return self.result  # type: ignore[return-value]
+
+
+class _Batch:
+    """Verbs that are committed together: the task of the first one does it, the others wait."""
+
+    def __init__(self) -> None:
+        self.items: list[_Pending[Any]] = []
+        #: Set when all are settled, or must see to it themselves.
+        self.over = anyio.Event()
 
 
 class Transactions:
@@ -103,13 +107,10 @@ class Transactions:
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self.connection = connection
         self._path = path
-        self._turn = anyio.Lock()
+        self._turn = anyio.Lock(fast_acquire=True)
         self._thread = anyio.CapacityLimiter(1)  # of its own: no commit waits behind files
-        #: Threads take from it while the event loop adds: a deque's ends may be used by both.
-        self._waiting: deque[_Pending[Any]] = deque()
-        #: Whether one of the tasks commits for all, and those that sleep meanwhile.
-        self._is_led = False
-        self._asleep: list[_Pending[Any]] = []
+        #: Where verbs gather while others are committed.
+        self._next = _Batch()
         # A task cancelled from outside anyio leaves its thread behind: the next one waits for it here.
         self._exclusive = threading.Lock()
 
@@ -119,55 +120,30 @@ class Transactions:
         Raises what the verb raised (it then changed nothing), StoreError or DiskError. When cancelled, the
         verb is whole or absent.
         """
-        item = _Pending(verb)
-        self._waiting.append(item)
+        item, batch = _Pending(verb), self._next
+        batch.items.append(item)
         try:
-            if self._is_led:
-                await self._sleep(item)
-            if item.leads or not item.settled:
-                await self._lead(item)
+            if batch.items[0] is not item:
+                await batch.over.wait()
+            while not item.settled:
+                await self._settle(batch, item)
         except BaseException:
-            with suppress(ValueError):  # a thread has taken it up already
-                self._waiting.remove(item)
+            if batch is self._next:
+                batch.items.remove(item)
             raise
         return item.outcome()
 
-    async def _sleep(self, item: _Pending[Any]) -> None:
-        """Wait until `item` is settled, or is to lead."""
-        item.woken = anyio.Event()
-        self._asleep.append(item)
+    async def _settle(self, batch: _Batch, item: _Pending[Any]) -> None:
+        """Commit the batch of which `item` is, unless somebody else has."""
         try:
-            await item.woken.wait()
-        except BaseException:
-            if item.leads:
-                self._wake()
-            elif item in self._asleep:
-                self._asleep.remove(item)
-            raise
-
-    async def _lead(self, item: _Pending[Any]) -> None:
-        """Commit for all who wait, until `item` is settled."""
-        self._is_led = True
-        try:
-            while not item.settled:
-                async with self._turn:
+            async with self._turn:
+                if batch is self._next:
+                    self._next = _Batch()
+                if not item.settled:
                     with anyio.CancelScope(shield=True):  # others' verbs are in it
-                        await anyio.to_thread.run_sync(self._commit_waiting, limiter=self._thread)
+                        await anyio.to_thread.run_sync(self._commit_all, batch.items, limiter=self._thread)
         finally:
-            self._wake()
-
-    def _wake(self) -> None:
-        """Wake those who are settled, and one of the others to lead on."""
-        self._is_led = False
-        asleep, self._asleep = self._asleep, []
-        for item in asleep:
-            if self._is_led and not item.settled:
-                self._asleep.append(item)
-                continue
-            if not item.settled:
-                self._is_led = item.leads = True
-            if item.woken is not None:
-                item.woken.set()
+            batch.over.set()
 
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run `work` alone and outside of any transaction of ours: a query, or a long change of its own."""
@@ -186,11 +162,9 @@ class Transactions:
             except sqlite3.Error as error:
                 raise store_error(error, self._path) from error
 
-    def _commit_waiting(self) -> None:
+    def _commit_all(self, items: list[_Pending[Any]]) -> None:
         with self._exclusive:
-            batch = []
-            while self._waiting:
-                batch.append(self._waiting.popleft())
+            batch = [item for item in items if not item.settled]
             try:
                 self._commit(batch)
             except Exception as error:

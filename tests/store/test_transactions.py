@@ -545,7 +545,7 @@ async def test_a_writer_cancelled_just_as_its_commit_ends_hands_the_turn_on(path
     first = asyncio.ensure_future(store._transactions.write(slow))
     others = [asyncio.ensure_future(store._transactions.write(lambda connection: "done")) for _ in range(3)]
     await asyncio.sleep(0)
-    while store._transactions._waiting and not store._transactions._exclusive.locked():
+    while not store._transactions._exclusive.locked():
         await asyncio.sleep(0.001)
     may_end.set()
     with store._transactions._exclusive:  # the loop stands still until the thread has committed
