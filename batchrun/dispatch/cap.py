@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import anyio
 
+from batchrun.dispatch.change import Change
 from batchrun.dispatch.limits import Slot
 from batchrun.dispatch.stopping import StopSign
 from batchrun.model import ACTIVE, LocalImage, Row, Value
@@ -36,7 +37,7 @@ class Cap:
         self._budget = budget
         self._published = published
         self._store = store
-        self._changed = anyio.Event()
+        self._changed = Change()
 
     async def take_slot(self, row: Row, slot: Slot, body: Mapping[str, Value], sign: StopSign) -> Decimal:
         """Wait for a slot, and until the cap allows the row's task; returns what is reserved for it, in USD.
@@ -62,23 +63,19 @@ class Cap:
         """The row's task has ended and was billed; None: the bill is not told."""
         if self._budget is not None:
             self._budget.bill(row.seq, cost_usd)
-            self._announce()
+            self._changed.tell()
 
     def moved(self, row: Row) -> None:
         """The row stands somewhere else now."""
         if self._budget is not None and row.state not in ACTIVE:
             self._budget.free(row.seq)
-            self._announce()
+            self._changed.tell()
 
     def left(self, row: Row) -> None:
         """Nothing more is learned of the row in this start."""
         if self._budget is not None:
             self._budget.hold(row.seq) if row.state in ACTIVE else self._budget.free(row.seq)
-            self._announce()
-
-    def _announce(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()
+            self._changed.tell()
 
     def _price(self, row: Row, body: Mapping[str, Value]) -> Decimal | None:
         known = self._published.get(row.tool, Published())

@@ -13,6 +13,7 @@ from random import Random
 
 import anyio
 
+from batchrun.dispatch.change import Change
 from batchrun.rules.policy import BALANCE, MAX_ASKED_S, backoff_s
 
 #: Without knowledge of the account, begin with this many tasks and add one for each accepted.
@@ -56,6 +57,9 @@ class Slots:
 
     async def take(self, *, first: bool = False) -> None:
         """Wait for a slot and hold it; first come, first served, but `first` is served before all others."""
+        if not self._waiting and self._free():
+            self.in_use += 1
+            return
         waiter = _Waiter()
         if first:
             self._waiting.appendleft(waiter)
@@ -249,7 +253,7 @@ class Room:
     def __init__(self, rows: int, *, doubts: int = 3000) -> None:
         self._free = rows
         self._free_for_doubts = doubts
-        self._changed = anyio.Event()
+        self._changed = Change()
 
     async def enter(self) -> None:
         """Wait for room, and take it."""
@@ -260,24 +264,20 @@ class Room:
     def leave(self) -> None:
         """Give the room back."""
         self._free += 1
-        self._announce()
+        self._changed.tell()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Make room for another row while this one is looked up; afterwards it goes on at once."""
         self._free += 1
         self._free_for_doubts -= 1
-        self._announce()
+        self._changed.tell()
         try:
             yield
         finally:
             self._free -= 1
             self._free_for_doubts += 1
-            self._announce()
-
-    def _announce(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()
+            self._changed.tell()
 
 
 class Gate:
@@ -297,7 +297,7 @@ class Gate:
         self._troubles = 0
         #: Whose turn it is to try; None: nobody's yet.
         self._prober: object | None = None
-        self._changed = anyio.Event()
+        self._changed = Change()
         self._rng = rng or Random()
 
     async def pass_through(self) -> bool:
@@ -327,7 +327,7 @@ class Gate:
         if anyio.current_time() >= self._asked_until:
             self.reason = None
             self._until = 0.0
-        self._announce()
+        self._changed.tell()
 
     def shut(self, reason: str, *, probe: bool, after_s: float | None = None) -> None:
         """The service is in trouble; `after_s` is the wait it asked for."""
@@ -358,12 +358,8 @@ class Gate:
         """The caller's submit said nothing about the service's health; somebody else tries."""
         if probe:
             self._prober = None
-        self._announce()
+        self._changed.tell()
 
     def shut_for_s(self) -> float:
         """For how long submits have been waiting."""
         return anyio.current_time() - self.since if self.reason is not None else 0.0
-
-    def _announce(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()

@@ -19,9 +19,10 @@ import mimetypes
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from pathlib import Path
 from types import TracebackType
@@ -116,7 +117,7 @@ class Wiro:
     def __init__(self, credentials: Credentials, *, deadlines: Deadlines | None = None) -> None:
         self._credentials = credentials
         self._deadlines = deadlines or DEADLINES
-        self._host = URL(credentials.base_url).host or ""
+        self._translated = Translated(URL(credentials.base_url).host or "")
         self._concealed = signing.concealer(credentials.key, credentials.secret)
         self._nonce = 0
         #: The last Date header as unix time, and our monotonic and wall time at its arrival.
@@ -148,7 +149,7 @@ class Wiro:
         CredentialsRefused, NotFound (no such tool) and RequestRejected.
         """
         answer = await self._post(self._submits, run_path, body, total_s=self._deadlines.submit_s)
-        with _telling(answer):
+        with _Telling(answer):
             return wire.read_accepted(answer.status, answer.body, retry_after_s=answer.retry_after_s)
 
     async def detail(self, task_id: str, token: str = "") -> Task | None:
@@ -162,7 +163,7 @@ class Wiro:
         """The project's tasks, newest first, from the `start`-th (0 is the newest); at most 100 at a time."""
         window = {"start": str(start), "limit": str(min(limit, MAX_LISTED))}
         answer = await self._call("/Task/List", {"type": "model", "sort": "id", "order": "DESC", **window})
-        with _telling(answer):
+        with _Telling(answer):
             return wire.read_tasks(_yes(answer), whole=True)
 
     async def cancel(self, task_id: str) -> Task | None:
@@ -175,7 +176,7 @@ class Wiro:
 
     async def _one(self, path: str, task_id: str, body: Mapping[str, Value] | None = None) -> Task | None:
         answer = await self._call(path, body or {"taskid": task_id})
-        with _telling(answer):
+        with _Telling(answer):
             tasks = wire.read_tasks(_yes(answer), whole=False)
             found = next((task for task in tasks if not task_id or task.id == task_id), None)
             if tasks and found is None:
@@ -187,7 +188,7 @@ class Wiro:
     async def tool_price(self, slugowner: str, slugproject: str) -> wire.ToolFacts:
         """What the service publishes about a tool's price (Tool/Detail)."""
         answer = await self._call("/Tool/Detail", {"slugowner": slugowner, "slugproject": slugproject})
-        with _telling(answer):
+        with _Telling(answer):
             return wire.read_tool(_yes(answer))
 
     async def upload(self, path: Path, name: str, size_bytes: int) -> str:
@@ -208,7 +209,7 @@ class Wiro:
             total_s = self._deadlines.call_s + size_bytes / SLOWEST_UPLOAD_BYTES_PER_S
             read_s = self._deadlines.call_s  # counts from the last byte sent
             answer = await self._post(self._calls, "/File/Upload", form, total_s=total_s, read_s=read_s)
-        with _telling(answer):
+        with _Telling(answer):
             return wire.read_upload(_yes(answer))
 
     @asynccontextmanager
@@ -241,7 +242,7 @@ class Wiro:
     async def socket(self) -> AsyncIterator[TaskSocket]:
         """A new connection for the events of tasks."""
         async with AsyncExitStack() as stack:
-            with translated(URL(self._credentials.socket_url).host or ""):
+            with Translated(URL(self._credentials.socket_url).host or ""):
                 socket = await stack.enter_async_context(connected(self._calls, self._credentials.socket_url))
             yield socket
 
@@ -276,10 +277,10 @@ class Wiro:
             data = body
         else:
             headers["Content-Type"] = "application/json"
-            data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-        timeout = aiohttp.ClientTimeout(total=total_s, connect=self._deadlines.connect_s, sock_read=read_s)
+            data = _TO_JSON(body).encode("utf-8", "replace")
+        timeout = _timeout(total_s, self._deadlines.connect_s, read_s)
         url = f"{self._credentials.base_url}/{path.lstrip('/')}"
-        with translated(self._host):
+        with self._translated:
             # Redirects are not followed: one that repeats a POST would repeat a purchase.
             async with session.post(
                 url, data=data, headers=headers, timeout=timeout, allow_redirects=False
@@ -316,12 +317,8 @@ class Wiro:
 
     async def _get(self, address: URL, asked: int, etag: str, silence_s: float) -> aiohttp.ClientResponse:
         headers = {"Range": f"bytes={asked}-", "If-Range": etag} if asked else {}
-        timeout = aiohttp.ClientTimeout(
-            total=self._deadlines.fetch_s,
-            connect=self._deadlines.connect_s,
-            sock_read=silence_s,
-        )
-        with translated(address.host or ""):
+        timeout = _timeout(self._deadlines.fetch_s, self._deadlines.connect_s, silence_s)
+        with Translated(address.host or ""):
             return await self._files.get(address, headers=headers, timeout=timeout, allow_redirects=False)
 
     def _fresh_nonce(self) -> int:
@@ -338,6 +335,14 @@ class Wiro:
         return None if asked is None else wire.retry_after_s(asked, now=time.time() if at is None else at)
 
 
+_TO_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+@lru_cache(maxsize=64)
+def _timeout(total_s: float, connect_s: float, read_s: float | None) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=total_s, connect=connect_s, sock_read=read_s)
+
+
 @dataclass(frozen=True, slots=True)
 class _Answer:
     """What came back for a POST."""
@@ -351,15 +356,23 @@ def _yes(answer: _Answer) -> dict[str, Any]:
     return wire.read_answer(answer.status, answer.body, retry_after_s=answer.retry_after_s)
 
 
-@contextmanager
-def _telling(answer: _Answer) -> Iterator[None]:
-    """Let an answer that is not understood show its beginning."""
-    try:
-        yield
-    except ProtocolError as error:
-        error.status = error.status or answer.status
-        error.detail = error.detail or wire.snippet(answer.body)
-        raise
+class _Telling:
+    """Lets an answer that is not understood show its beginning."""
+
+    __slots__ = ("_answer",)
+
+    def __init__(self, answer: _Answer) -> None:
+        self._answer = answer
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, ProtocolError):
+            error.status = error.status or self._answer.status
+            error.detail = error.detail or wire.snippet(self._answer.body)
 
 
 async def _whole(content: aiohttp.StreamReader) -> bytes:
@@ -496,13 +509,13 @@ class _Chunks:
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._content = response.content
-        self._host = response.url.host or ""
+        self._translated = Translated(response.url.host or "")
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> bytes:
-        with translated(self._host):
+        with self._translated:
             piece = await self._content.readany()
         if not piece:
             raise StopAsyncIteration
@@ -537,13 +550,22 @@ FOREIGN: tuple[tuple[type[Exception], type[ServiceError], str], ...] = (
 )
 
 
-@contextmanager
-def translated(host: str) -> Iterator[None]:
-    """Turn what aiohttp, TLS and sockets raise into our errors, the cause kept; cancellation just passes."""
-    try:
-        yield
-    except _FOREIGN_CLASSES as error:
-        raise _ours(error, host) from error
+class Translated:
+    """Turns what aiohttp, TLS and sockets raise into our errors, the cause kept; cancellation just passes."""
+
+    __slots__ = ("_host",)
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, _FOREIGN_CLASSES):
+            raise _ours(error, self._host) from error
 
 
 _FOREIGN_CLASSES = tuple(foreign for foreign, _, _ in FOREIGN)

@@ -16,7 +16,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from batchrun.errors import NotSent, ProtocolError, ReplyLost, ServiceError
-from batchrun.wiro.client import FOREIGN, translated
+from batchrun.wiro.client import FOREIGN, Translated
 
 
 def descendants(root: type[BaseException]) -> Iterator[type[BaseException]]:
@@ -58,7 +58,7 @@ def test_no_foreign_error_is_unmapped_and_the_cause_is_kept(kind: type[Exception
     error = kind.__new__(kind)  # their constructors differ; here only the class matters
     if isinstance(error, aiohttp.ClientResponseError):
         error.request_info, error.history = _request_info(), ()
-    with pytest.raises(ServiceError) as caught, translated("api.wiro.ai"):
+    with pytest.raises(ServiceError) as caught, Translated("api.wiro.ai"):
         raise error
     assert caught.value.__cause__ is error
     assert str(caught.value).startswith("api.wiro.ai: ")
@@ -72,7 +72,7 @@ def _request_info() -> aiohttp.RequestInfo:
 def test_the_headers_that_aiohttp_keeps_in_an_error_are_forgotten() -> None:
     error = aiohttp.ClientResponseError(_request_info(), (), status=400, message="bad")
     assert "k-e-y" in repr(error)
-    with pytest.raises(ProtocolError), translated("h"):
+    with pytest.raises(ProtocolError), Translated("h"):
         raise error
     assert "k-e-y" not in repr(error) + repr(error.args) + repr(vars(error))
 
@@ -92,22 +92,22 @@ def test_not_sent_is_said_only_of_what_comes_before_sending(kind: type[Exception
     [KeyError("x"), ValueError("x"), ProtocolError("ours"), asyncio.CancelledError(), KeyboardInterrupt()],
 )
 def test_what_is_not_the_networks_passes_untouched(error: BaseException) -> None:
-    with pytest.raises(type(error)) as caught, translated("h"):
+    with pytest.raises(type(error)) as caught, Translated("h"):
         raise error
     assert caught.value is error
     assert error.__cause__ is None
 
 
 async def test_a_deadline_from_outside_passes_through() -> None:
-    with pytest.raises(TimeoutError), anyio.fail_after(0), translated("h"):
+    with pytest.raises(TimeoutError), anyio.fail_after(0), Translated("h"):
         await anyio.sleep_forever()
 
 
 def test_dead_sockets_reported_as_runtime_errors_by_uvloop_are_lost_answers() -> None:
-    with pytest.raises(ReplyLost), translated("h"):
+    with pytest.raises(ReplyLost), Translated("h"):
         raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
 
 
 def test_errors_of_other_http_libraries_are_not_ours_to_map() -> None:
-    with pytest.raises(http.client.HTTPException), translated("h"):
+    with pytest.raises(http.client.HTTPException), Translated("h"):
         raise http.client.HTTPException
