@@ -248,7 +248,7 @@ class Dispatcher:
 
     async def _have_room(self) -> bool:
         """Wait until another row may be on its way; False when the run stops before."""
-        if self._cancelling:
+        if self._cancelling or (self._room.has_some and self._sign.reason is None):
             await self._room.enter()
             return True
         with self._sign.wait() as waiting:

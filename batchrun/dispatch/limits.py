@@ -255,9 +255,14 @@ class Room:
         self._free_for_doubts = doubts
         self._changed = Change()
 
+    @property
+    def has_some(self) -> bool:
+        """Whether a row may enter at once."""
+        return self._free > 0 and self._free_for_doubts > 0
+
     async def enter(self) -> None:
         """Wait for room, and take it."""
-        while self._free <= 0 or self._free_for_doubts <= 0:
+        while not self.has_some:
             await self._changed.wait()
         self._free -= 1
 

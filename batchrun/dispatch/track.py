@@ -197,28 +197,39 @@ class Tracker:
 
     async def run(self) -> None:
         """Look at tasks when they are due, until cancelled."""
-        limiter = anyio.CapacityLimiter(MAX_LOOKS)
-        async with anyio.create_task_group() as looks:
-            looks.start_soon(self._adapt)
+        turn = anyio.Lock(fast_acquire=True)
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._adapt)
             for cover in self._covers:
-                looks.start_soon(cover.run)
-            while True:
-                await self._until_due()
-                due_at, _, watch = heapq.heappop(self._heap)
-                if watch.ended.is_set() or due_at != watch.due_at:
-                    continue
-                covered_until = watch.seen_at + RELAXED_S
-                if not watch.pressing and self._is_covered(watch) and due_at < covered_until:
-                    self.schedule(watch, covered_until)
-                    continue
-                watch.pressing = False
-                if watch.looking:
-                    watch.again = True
-                    continue
-                watch.looking = True
-                self.budget.take(anyio.current_time())
-                await limiter.acquire_on_behalf_of(watch)
-                looks.start_soon(self._look, watch, limiter)
+                group.start_soon(cover.run)
+            for _ in range(MAX_LOOKS):
+                group.start_soon(self._look_on, turn)
+
+    async def _look_on(self, turn: anyio.Lock) -> None:
+        """Look at one task after the other; one waits for what is due while others look."""
+        while True:
+            async with turn:
+                watch = await self._next_due()
+            await self._look(watch)
+
+    async def _next_due(self) -> Watch:
+        """Wait until a task is due to be looked at."""
+        while True:
+            await self._until_due()
+            due_at, _, watch = heapq.heappop(self._heap)
+            if watch.ended.is_set() or due_at != watch.due_at:
+                continue
+            covered_until = watch.seen_at + RELAXED_S
+            if not watch.pressing and self._is_covered(watch) and due_at < covered_until:
+                self.schedule(watch, covered_until)
+                continue
+            watch.pressing = False
+            if watch.looking:
+                watch.again = True
+                continue
+            watch.looking = True
+            self.budget.take(anyio.current_time())
+            return watch
 
     def _is_covered(self, watch: Watch) -> bool:
         return any(cover.covers(watch) for cover in self._covers)
@@ -279,7 +290,7 @@ class Tracker:
         """Whether the service asked for a wait that is not over."""
         return anyio.current_time() < self._quiet_until
 
-    async def _look(self, watch: Watch, limiter: anyio.CapacityLimiter) -> None:
+    async def _look(self, watch: Watch) -> None:
         try:
             self.looks += 1
             watch.looks += 1
@@ -300,7 +311,6 @@ class Tracker:
         except errors.ServiceError as error:
             wait_s = self._trouble(watch, getattr(error, "retry_after_s", None))
         finally:
-            limiter.release_on_behalf_of(watch)
             watch.looking = False
         if not watch.ended.is_set():
             pressing = watch.again or watch.status in _ENDING
