@@ -204,7 +204,7 @@ class Saver:
             names = self._names_before.setdefault(base.parent, names)
             if len(self._names_before) > KNOWN_FOLDERS:
                 del self._names_before[next(iter(self._names_before))]
-        return any(f"{base.name}.{extension}" in names for extension in EXTENSIONS)
+        return bool(names) and any(f"{base.name}.{extension}" in names for extension in EXTENSIONS)
 
     async def _fetch(self, row: Row, output: Output, *, held: bool) -> Saved | Unsaved:
         """The image under its final name; Unsaved when it cannot be had, or cannot be put there."""

@@ -221,14 +221,17 @@ class Durations:
         seconds = max(0.0, seconds)
         self.seen.append((seconds if over_s is None else min(max(0.0, over_s), seconds), seconds))
         self._since += 1
-        self._is_stale |= self._since >= _RENEWED * len(self.seen)
+        if len(self.seen) < KEPT:  # once that many are known, none is urgent: see `running`
+            self._renew_if_due()
 
     def running(self, unfinished_s: Sequence[float]) -> None:
         """Take in the ages at which the tasks under way were last seen unfinished, all of them.
 
         Those that end first are the quick ones: by these alone the tool would seem quicker than it is. Once
-        as many have ended as are kept, they say it all.
+        as many have ended as are kept, they say it all. To be called now and then: what was added meanwhile
+        counts from here on at the latest.
         """
+        self._renew_if_due()
         if len(self.seen) == KEPT:
             unfinished_s = ()
         self._unfinished_s = unfinished_s
@@ -248,12 +251,15 @@ class Durations:
 
     @property
     def spread(self) -> Spread:
-        """What the observations say; renewed as they grow by an eighth."""
+        """What the observations say; renewed when an eighth of them is new."""
         if self._is_stale:
             self._since, self._is_stale = 0, False
             self._chances = _estimated(self.seen, self._unfinished_s, self._chances)
             self._spread = Spread(_smoothed(self._chances, len(self.seen)))
         return self._spread
+
+    def _renew_if_due(self) -> None:
+        self._is_stale |= self._since >= _RENEWED * max(1, len(self.seen))
 
     def next_look_s(self, age_s: float) -> float:
         """Seconds until the next look at a task just seen unfinished at `age_s`, in [FLOOR_S, CEILING_S]."""

@@ -403,13 +403,15 @@ def _json(text: str | bytes) -> Any:
     """JSON with exact decimals; ValueError for what is none, too deep, or has numbers beyond reason."""
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig", "replace")
-    if len(text) > MAX_VALUES and sum(map(text.count, ",[{")) > MAX_VALUES:
+    nested = text.count("[") + text.count("{")
+    if len(text) > MAX_VALUES and nested + text.count(",") > MAX_VALUES:
         raise ValueError("too many values")
     try:
         value = _DECODER.decode(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    _check_depth(value)
+    if nested > MAX_DEPTH:
+        _check_depth(value)
     return value
 
 

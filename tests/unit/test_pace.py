@@ -189,6 +189,7 @@ def test_a_tool_that_changes_is_learned_anew() -> None:
     assert durations.typical_s == pytest.approx(6.0, rel=0.02)
     for _ in range(KEPT):
         durations.add(30.0)
+    durations.running([])
     assert durations.typical_s == pytest.approx(30.0, rel=0.02)
     assert durations.next_look_s(0.0) == pytest.approx(30.0, rel=0.02)
 
