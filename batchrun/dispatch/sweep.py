@@ -18,10 +18,11 @@ from batchrun import errors
 from batchrun.dispatch.track import Tracker, Watch
 from batchrun.model import Task
 from batchrun.rules import pages
+from batchrun.rules.pace import advised_s
 from batchrun.rules.pages import Page
 
-#: From so many active tasks on pages are cheaper than single looks; below fewer they are no longer.
-FROM, UNTIL = 20, 14
+#: From so many active tasks on pages are cheaper than single looks; they then go on to the last task.
+FROM = 20
 #: How often it is asked what a page is worth.
 TICK_S = 0.05
 #: Pages under way at once.
@@ -117,12 +118,12 @@ class Sweeps:
                 allowance -= self._ask(group, int(allowance), now)
 
     def _turn(self, now: float) -> None:
-        """Begin or cease to read pages, by the number of tasks."""
+        """Begin to read pages when tasks are many, and cease when none is left."""
         active = len(self._entries)
         if not self._is_on:
             self._is_on = active >= self._least and now >= self._off_until
-        elif active < min(self._least, UNTIL):
-            self._cease()
+        elif not active:
+            self._is_on = False
 
     def _cease(self) -> None:
         self._is_on = False
@@ -151,10 +152,12 @@ class Sweeps:
             if choice is None:
                 return sent
             if isinstance(choice, int):
-                entries[choice].watch.asked_at = now
-                waited[choice] = 0.0
-                self._tracker.look_at_once(entries[choice].watch)
-                continue
+                watch = entries[choice].watch
+                if not advised_s(watch.looks, followed_s=now - watch.followed_at):
+                    watch.asked_at, waited[choice] = now, 0.0
+                    self._tracker.look_at_once(watch)
+                    continue
+                choice = pages.page_of(places, choice, choice)  # it has had all the looks that are advised
             meant = entries[choice.first : choice.last + 1]
             waited[choice.first : choice.last + 1] = [0.0] * len(meant)
             for entry in meant:

@@ -18,6 +18,8 @@ PAGE = 100
 MARGIN = 6
 #: What a page is worth, in seconds of waiting of all its tasks together: so much, and for each task shown.
 PAGE_PRICE_S, SHOWN_PRICE_S = 0.02, 0.001
+#: What few tasks may take, in requests per second: the last of a run hold up its end.
+FEW_PER_S = 8.0
 #: A page is more work than a look at one task, for both sides: by this much it must be worth more.
 PAGE_WORK = 1.5
 
@@ -51,13 +53,18 @@ def best(places: Sequence[int], waited_s: Sequence[float]) -> Page | int | None:
             first += 1
         if total > most:
             most, chosen = total, (first, last)
-    start = max(0, places[chosen[0]] - MARGIN)
-    limit = min(PAGE, places[chosen[1]] - start + 1 + MARGIN)
-    if most < PAGE_PRICE_S + SHOWN_PRICE_S * limit:
+    page = page_of(places, *chosen)
+    if most < PAGE_PRICE_S + SHOWN_PRICE_S * page.limit:
         return None
-    return single if waited_s[single] * PAGE_WORK > most else Page(start, limit, *chosen)
+    return single if waited_s[single] * PAGE_WORK > most else page
+
+
+def page_of(places: Sequence[int], first: int, last: int) -> Page:
+    """The page that shows these of our tasks, which lie close enough together; `places`: see `best`."""
+    start = max(0, places[first] - MARGIN)
+    return Page(start, min(PAGE, places[last] - start + 1 + MARGIN), first, last)
 
 
 def requests_per_s(active: int, *, alive_s: float, budget_per_s: float) -> float:
     """Requests that following so many tasks by pages may take, each active for `alive_s` on average."""
-    return min(budget_per_s, max(2.0, active / ADVICE_S + NEEDED * active / max(alive_s, 0.1)))
+    return min(budget_per_s, max(FEW_PER_S, active / ADVICE_S + NEEDED * active / max(alive_s, 0.1)))

@@ -11,9 +11,10 @@ import anyio
 import pytest
 
 from batchrun import errors
-from batchrun.dispatch.sweep import AGAIN_S, FROM, LEAST_FAILURES, MAX_PAGES, UNTIL, Sweeps
+from batchrun.dispatch.sweep import AGAIN_S, FROM, LEAST_FAILURES, MAX_PAGES, Sweeps
 from batchrun.dispatch.track import BUDGET_PER_S, Tracker
 from batchrun.model import RemoteOutput, Task
+from batchrun.rules.pace import ADVICE_S, BURST
 from batchrun.rules.pages import MARGIN, PAGE, Page, best, requests_per_s
 from batchrun.rules.policy import Succeeded, TaskFailed
 from tests.support.clock import virtual_time
@@ -294,20 +295,22 @@ async def test_while_a_list_asks_for_a_wait_nothing_is_asked() -> None:
 
 
 @virtual_time
-async def test_the_last_tasks_are_looked_at_one_by_one() -> None:
+async def test_the_last_tasks_of_many_are_watched_closely() -> None:
     service = Service()
-    service.slow, service.slower_s = UNTIL - 1, 60.0
-    async with anyio.create_task_group() as group:
-        listed: list[int] = []
+    assert set(await follow_all(service, 60)) == {Succeeded()}
+    assert service.lists + service.details < 60
+    last = sorted(service.lag_s, key=lambda task: sum(service.made[int(task) - 1][1:]))[-5:]
+    assert max(service.lag_s[task] for task in last) < 0.3  # a schedule of single looks waits for seconds
 
-        async def count() -> None:
-            await anyio.sleep(20.0)  # the quick ones have ended
-            listed.append(service.lists)
 
-        group.start_soon(count)
-        await follow_all(service, 60)
-    assert listed == [service.lists]
-    assert listed[0] > 0
+@virtual_time
+async def test_one_task_that_outlasts_all_others_gets_no_more_looks_than_are_advised() -> None:
+    service = Service()
+    service.slow, service.slower_s = 1, 200.0
+    assert set(await follow_all(service, 60)) == {Succeeded()}
+    assert service.lag_s["1"] < 5.0
+    advised = BURST + (service.made[0][2] + service.lag_s["1"]) / ADVICE_S
+    assert 10 < service.details <= advised + 1
 
 
 @virtual_time
