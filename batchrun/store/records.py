@@ -7,6 +7,7 @@ import sqlite3
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 from batchrun.model import Attempt, Failure, LocalImage, Output, Row, State, Value
@@ -24,8 +25,9 @@ OUTPUT_COLUMNS = (
 )
 
 
-#: json.dumps makes an encoder anew for every call.
+#: json.dumps and json.loads make theirs anew for every call.
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str)
+_DECODER = json.JSONDecoder(parse_float=Decimal)
 
 
 def dumps(value: Any) -> str:
@@ -45,7 +47,8 @@ def given_to_json(given: Mapping[str, Value | LocalImage]) -> str:
     )
 
 
-def given_from_json(text: str) -> dict[str, Value | LocalImage]:
+@lru_cache(maxsize=512)  # a row is read at every step of its way
+def given_from_json(text: str) -> Mapping[str, Value | LocalImage]:
     """The inverse of given_to_json."""
     return {
         name: LocalImage(value["file"], value["sha256"], value["bytes"]) if isinstance(value, dict) else value
@@ -84,7 +87,7 @@ def read_row(record: tuple[Any, ...], attempt: Attempt | None, outputs: Iterable
         name=name,
         tool=tool or 0,
         given=given_from_json(given),
-        extra=json.loads(extra, parse_float=Decimal),
+        extra={} if extra == "{}" else _DECODER.decode(extra),
         images=images,
         state=State(state),
         attempts=attempts,
