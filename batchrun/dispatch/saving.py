@@ -99,6 +99,7 @@ class Saver:
         self._room_bytes = 0
         #: Names in folders of images as they were before this process saved anything there.
         self._names_before: dict[Path, frozenset[str]] = {}
+        self._looking = anyio.Lock()
         self._rng = rng or Random()
 
     async def begin(self) -> None:
@@ -200,10 +201,13 @@ class Saver:
         """Whether a file of that name was there already: an earlier process may have been killed after it."""
         names = self._names_before.get(base.parent)
         if names is None:
-            names = await anyio.to_thread.run_sync(_names_in, base.parent)
-            names = self._names_before.setdefault(base.parent, names)
-            if len(self._names_before) > KNOWN_FOLDERS:
-                del self._names_before[next(iter(self._names_before))]
+            async with self._looking:  # many rows meet a folder at the same moment: it is read once
+                names = self._names_before.get(base.parent)
+                if names is None:
+                    names = await anyio.to_thread.run_sync(_names_in, base.parent)
+                    self._names_before[base.parent] = names
+                    if len(self._names_before) > KNOWN_FOLDERS:
+                        del self._names_before[next(iter(self._names_before))]
         return bool(names) and any(f"{base.name}.{extension}" in names for extension in EXTENSIONS)
 
     async def _fetch(self, row: Row, output: Output, *, held: bool) -> Saved | Unsaved:
