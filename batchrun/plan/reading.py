@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from batchrun.errors import ManifestError, UsageError
 from batchrun.manifest.expand import Axis, Expansion
@@ -23,6 +23,7 @@ from batchrun.plan.columns import Columns
 from batchrun.plan.hints import Hints
 from batchrun.plan.identity import content_hash
 from batchrun.plan.inputs import LocalImages
+from batchrun.plan.kept import kept
 from batchrun.store.planning import Planning
 from batchrun.store.records import cells_given, dumps, given_to_json
 from batchrun.store.staged import Staged
@@ -39,6 +40,9 @@ MAX_IMAGES = 100_000
 #: Names of tools that are remembered, wrong ones among them; longer ones are not.
 _REMEMBERED = 1000
 _LONGEST_NAME = 200
+#: Headers whose rows are bound together, and how many requests at once; JSON objects may each have their own.
+_HEADERS = 4
+_TOGETHER = 2000
 #: What is told of one row's columns that are no parameters.
 _MAX_FAULTS = 20
 
@@ -188,8 +192,8 @@ class Reading:
         self._columns: set[str] = set()
         #: The columns of a table and of its expansion; None: rows name their own cells.
         self._header: frozenset[str] | None = None
-        #: How rows of this header are bound together; None: each by itself.
-        self._together: tuple[Sequence[str], _ToolInUse | None, Columns | None] | None = None
+        #: How rows of a header are bound together; None: each by itself.
+        self._together: dict[tuple[str, ...], tuple[_ToolInUse | None, Columns | None]] = {}
         self._expanded = 0
         self._is_too_many = False
         self._strangers: dict[str, _Stranger] = {}
@@ -206,6 +210,7 @@ class Reading:
             if self._header is None and manifest.columns is not None:
                 self._header = frozenset(form_columns(self._job, manifest.columns))
             if isinstance(item, Block):
+                self._see(item.columns)
                 self._block(item)
                 continue
             if isinstance(item, Problem):
@@ -214,9 +219,7 @@ class Reading:
                     misread = item
                     self._stage_invalid(item.line, None, {}, str(item.message))
                 continue
-            self._unseen_columns -= item.cells.keys()
-            if len(self._columns) < MAX_STRANGERS:
-                self._columns.update(item.cells)
+            self._see(item.cells)
             self._row(item, blank)
         self._columns.update(manifest.columns or ())
         self._unseen_columns -= set(manifest.columns or ())
@@ -228,28 +231,44 @@ class Reading:
         self._check_ids()
         self.findings.hints.extend(self._hints.told(file=self._name, identical=identical))
 
+    def _see(self, columns: Iterable[str]) -> None:
+        """Note the columns of some rows."""
+        self._unseen_columns.difference_update(columns)
+        if len(self._columns) < MAX_STRANGERS:
+            self._columns.update(columns)
+
     # --- many rows ----------------------------------------------------------------------------------
 
     def _block(self, block: Block) -> None:
         """Rows of one header: together where they are simple, one by one where not."""
-        if self._together is None or self._together[0] != block.columns:
-            self._together = self._bound_together(block.columns)
-        _, used, columns = self._together
+        used, columns = self._bound_together(block)
         if used is None or columns is None:
             for row in block.rows():
-                self._row(row, True)
+                self._row(row, block.is_table)
             return
+        size = len(columns.laid)
+        for part in block.parts(max(1, _TOGETHER // size)):
+            if size > 1 and self._expanded + size * len(part.lines) > self._job.max_requests:
+                for row in part.rows():
+                    self._row(row, block.is_table)
+            else:
+                self._part(part, used, columns)
+
+    def _part(self, block: Block, used: _ToolInUse, columns: Columns) -> None:
+        """Rows that are bound together, but for some."""
         staged, hard = columns.bind(block)
-        simple: Sequence[int] = range(len(block.lines))
+        size = len(columns.laid)
+        simple: Sequence[int] = range(len(staged.lines))
         if not hard:
             self._planning.stage_block(staged)
         else:
-            for at in simple:
-                if at in hard:
-                    self._row(block.row(at), True)
+            for row in range(len(block.lines)):
+                if row in hard:
+                    self._row(block.row(row), block.is_table)
                 else:
-                    self._planning.stage(staged.row(at))
-            simple = [at for at in simple if at not in hard]
+                    for at in range(row * size, (row + 1) * size):
+                        self._planning.stage(staged.row(at))
+            simple = [at for at in simple if at // size not in hard]
         left = 0
         if used.tool.parameter("samples") is not None and max(staged.images) > 1:
             several = [at for at in simple if staged.images[at] > 1]
@@ -260,47 +279,59 @@ class Reading:
         self.valid_by_tool[used.tool.slug] += len(simple)
         self.findings.valid_rows += len(simple)
         self.requests += len(simple)
+        self._expanded += len(simple) if size > 1 else 0
 
-    def _bound_together(
-        self, header: Sequence[str]
-    ) -> tuple[Sequence[str], _ToolInUse | None, Columns | None]:
+    def _bound_together(self, block: Block) -> tuple[_ToolInUse | None, Columns | None]:
         """How rows of this header are bound; None when each must be read by itself."""
-        job, named = self._job, [name for name in header if name]
-        if self._axes or job.repeat > 1 or job.tool is None or self._column(TOOL) in named:
-            return header, None, None
+        header = tuple(block.columns)
+        if header not in self._together:
+            if len(self._together) >= _HEADERS:
+                return None, None
+            self._together[header] = self._binding(block)
+        return self._together[header]
+
+    def _binding(self, block: Block) -> tuple[_ToolInUse | None, Columns | None]:
+        job, header = self._job, block.columns
+        if job.tool is None or self._column(TOOL) in header:
+            return None, None
         try:
             used = self._tool(job.tool)
         except UsageError:
-            return header, None, None
+            return None, None
         id_column = self._column(ID)
         meant = [[name for name in self._meant_by(column) if used.binder.knows(name)] for column in header]
+        is_unnamed = [block.is_table and not column for column in header]
         parameters = [
-            "" if not column else "".join(names) for column, names in zip(header, meant, strict=True)
+            "" if unnamed else "".join(names) for unnamed, names in zip(is_unnamed, meant, strict=True)
         ]
         strange = [
             column
-            for column, names in zip(header, meant, strict=True)
-            if column and (len(names) > 1 or (column == id_column) == bool(names))
+            for column, unnamed, names in zip(header, is_unnamed, meant, strict=True)
+            if not unnamed and (len(names) > 1 or (column == id_column) == bool(names))
         ]
         given = list(filter(None, parameters))
-        if strange or len(set(given)) < len(given):
-            return header, None, None
+        axes = tuple(axis for axis in self._axes if used.binder.knows(axis.name))
+        expansion = Expansion(axes, job.repeat)
+        if strange or len(set(given)) < len(given) or expansion.size > _TOGETHER:
+            return None, None
         try:
             columns = Columns(
                 header,
                 parameters,
-                id_at=header.index(id_column) if id_column in header else None,
+                header=self._header,
+                id_at=list(header).index(id_column) if id_column in header else None,
                 run_path=used.tool.run_path,
                 tool=used.number,
                 binder=used.binder,
                 set_values={name: value for name, value in job.set.items() if used.binder.knows(name)},
+                laid=[overlay for _, overlay in expansion],
+                laid_in={axis.name: self._column(axis.name) for axis in axes},
                 read_image=self._images.read,
                 max_images=MAX_IMAGES,
-                text_of=lambda cells: encode(dict(cells)),
             )
         except (Refused, ManifestError):
-            return header, None, None
-        return header, used, columns
+            return None, None
+        return used, columns
 
     # --- one row ------------------------------------------------------------------------------------
 
@@ -390,10 +421,9 @@ class Reading:
         )
 
     def _cells(self, source: Mapping[str, Cell], id_: str | None, request: Request) -> str | None:
-        """The row as the manifest had it; None when what it gives tells it."""
+        """What is kept of the row as the manifest had it."""
         told = cells_given(id_, request.given, self._header)
-        is_told = told == source if self._header is not None else _is_same_json(told, source)
-        return None if is_told else encode(dict(source))
+        return kept(told, source, in_order=self._header is None)
 
     def _given(self, row: SourceRow, parameter: str) -> Cell:
         column = self._column(parameter)
@@ -615,14 +645,6 @@ def form_columns(job: Job, columns: Sequence[str]) -> list[str]:
     """A table's columns and those that its expansion adds."""
     added = [job.map.get(axis.name, axis.name) for axis in job.axes]
     return [*columns, *(name for name in added if name not in columns)]
-
-
-def _is_same_json(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two objects are the same text in JSON: the order of keys counts, and each digit of a number."""
-    return list(one) == list(other) and all(
-        a == b if type(a) is type(b) and type(a) in (str, int) else encode(a) == encode(b)
-        for a, b in zip(one.values(), other.values(), strict=True)
-    )
 
 
 def _meant(name: str, names: Iterable[str]) -> str:

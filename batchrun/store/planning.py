@@ -599,8 +599,10 @@ class Planning:
         )
         run(
             # bought, or on their way, and asked for otherwise since
-            "UPDATE staged SET cells = cells_given(staged.id, staged.given) FROM main.rows AS known "
-            "WHERE known.seq = staged.seq AND cells IS NULL AND known.given <> staged.given"
+            "UPDATE staged SET cells = "
+            "json_patch(cells_given(staged.id, staged.given), coalesce(json_extract(cells, '$[0]'), '{}')) "
+            "FROM main.rows AS known WHERE known.seq = staged.seq AND known.given <> staged.given "
+            "AND (cells IS NULL OR json_type(cells) = 'array')"
         )
         run(
             "DELETE FROM main.sources AS old WHERE EXISTS "

@@ -72,6 +72,16 @@ def cells_given(id: str | None, given: Mapping[str, Any], columns: Collection[st
     return cells
 
 
+def given_back(told: Mapping[str, Any], kept: str | None) -> dict[str, Any]:
+    """A row as the manifest had it: as what it gives tells it, but for what is kept of it (`sources`)."""
+    if kept is None:
+        return dict(told)
+    cells = json.loads(kept, parse_float=Decimal)
+    if isinstance(cells, list):  # a merge patch
+        cells = {name: cell for name, cell in {**told, **cells[0]}.items() if cell is not None}
+    return dict(cells)
+
+
 def read_row(record: tuple[Any, ...], attempt: Attempt | None, outputs: Iterable[Output]) -> Row:
     """A Row from a record of ROW_COLUMNS."""
     seq, key, id_, line, name, tool, given, extra, images, state, attempts, generation, *rest = record
