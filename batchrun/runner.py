@@ -32,10 +32,10 @@ from batchrun.manifest.job import Job
 from batchrun.manifest.json_text import shown
 from batchrun.model import TERMINAL, Counts, Failure, Row, State
 from batchrun.outputs.missing import Missing, missing
+from batchrun.plan.findings import Findings
 from batchrun.plan.inputs import LocalImages
 from batchrun.plan.plan import is_same, plan, stamp_of
 from batchrun.plan.prices import Estimate, estimate
-from batchrun.plan.reading import Findings
 from batchrun.progress import Fact, Progress
 from batchrun.rules.halt import Halt, parse_halt
 from batchrun.settings import Credentials

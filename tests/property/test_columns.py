@@ -23,8 +23,9 @@ from batchrun.manifest.job import Job, job_for
 from batchrun.manifest.json_text import encode
 from batchrun.manifest.read import Manifest, open_manifest
 from batchrun.model import Problem, SourceRow
+from batchrun.plan.names import form_columns
 from batchrun.plan.plan import plan
-from batchrun.plan.reading import Reading, form_columns
+from batchrun.plan.reading import Reading
 from batchrun.store.migrations import migrate
 from batchrun.store.planning import Planning, form_json
 from batchrun.store.reading import read_cells, read_value
