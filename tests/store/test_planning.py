@@ -771,7 +771,7 @@ async def test_a_merge_that_fails_changes_nothing_and_can_be_repeated(tmp_path: 
             planning.stage(staged(line, f"new {line}", id="same"))
         planning.merge(manifest="/x", job="{}", at=1.0, stamp="", form="{}", rerun_changed=False)
 
-    with pytest.raises(Exception, match="UNIQUE"):
+    with pytest.raises(Exception, match="the id same is there twice"):
         await store.planning(broken)
     assert await store.counts() == before == recount(store.path)
     assert await store.manifest() == "/list.csv"
