@@ -43,7 +43,8 @@ from batchrun.store.damage import check_further, check_sound
 from batchrun.store.folder import Folder
 from batchrun.store.orders import order_cancel
 from batchrun.store.planning import Merged, Planning
-from batchrun.store.store import Requeued, Store
+from batchrun.store.row_verbs import Requeued
+from batchrun.store.store import Store
 from batchrun.tools.bind import Binder
 from batchrun.tools.catalog import from_json, load
 from batchrun.wiro.client import Wiro
