@@ -4,7 +4,7 @@ A column's cells repeat, and what a cell makes of a row's texts does not depend 
 different cell is bound and written as JSON once (`_Column`), cells that are all different are looked at a
 block at a time, and rows are put together of such pieces by C code: `map` over a dict, `zip`, `join`. What an
 expansion lays over every row are pieces, too. A row that is not that simple (a wrong cell, a blank that
-`--set` fills, a local image, a value that other cells decide on) is left to the reading of single rows: that
+`--set` fills, a value that other cells decide on) is left to the reading of single rows: that
 one has the last word, and what comes out here is the same to the byte.
 """
 
@@ -22,12 +22,13 @@ from batchrun.manifest.json_text import decode, encode
 from batchrun.model import Block, Cell, LocalImage, Value
 from batchrun.plan.identity import HASH_BYTES
 from batchrun.plan.kept import is_same, kept, nulls, piece
-from batchrun.store.records import cells_given, dumps
+from batchrun.store.records import cells_given, dumps, image_to_json
 from batchrun.store.staged import StagedBlock
 from batchrun.tools.bind import Binder, ReadImage, Refused
 
-#: Different cells that a column remembers; texts that are all different are not worth more.
+#: Different cells that a column remembers, and characters; texts that are all different are not worth more.
 _REMEMBERED = 2000
+_REMEMBERED_CHARS = 1_000_000
 #: Digits that are a whole number of any kind as they stand.
 _PLAIN_DIGITS = 18
 #: Cells that are not ASCII as it stands in JSON: in hashes they are escaped.
@@ -73,8 +74,11 @@ class _Column(dict[Any, str]):
         self._quote = '"' if self._is_plain and type(self._read("1")) is str else ""
         #: Whether its cells were too many to be remembered: then those of a block are taken together.
         self._is_varied = False
+        self._chars = 0
         #: Cells whose rows are left to the reading of single rows.
         self.hard: set[Any] = set()
+        #: Cells that are local images: what stands for them where the row is hashed.
+        self.hashed: dict[Any, str] = {}
         #: Cells that what the row gives does not tell: their part of a patch.
         self.kept: dict[Any, str] = {}
         #: How many images a row makes, by the cell of the column that tells it.
@@ -92,12 +96,11 @@ class _Column(dict[Any, str]):
 
     def pieces(self, cells: Sequence[Any]) -> tuple[list[str], list[str] | None]:
         """What each of a block's cells (as known) makes of its row, and of a patch to it (None: nothing)."""
-        if len(self) > _REMEMBERED:  # what is remembered stays within bounds
+        if len(self) > _REMEMBERED or self._chars > _REMEMBERED_CHARS:
             self._is_varied = True
-            self.clear()
-            self.hard.clear()
-            self.kept.clear()
-            self.images.clear()
+            self._chars = 0
+            for remembered in (self, self.hard, self.hashed, self.kept, self.images):
+                remembered.clear()
         if self._is_plain and self._is_varied and (kind := self._plain_kind(cells)):
             before, after = f"{self._lead}{self._quote}", f"{self._quote},"
             pieces = [f"{before}{cell}{after}" for cell in cells]
@@ -129,6 +132,7 @@ class _Column(dict[Any, str]):
         cell = decode(known[0])[0] if type(known) is tuple else known
         text = self._piece(known, cell)
         self[known] = text
+        self._chars += len(text)
         return text
 
     def _piece(self, known: Any, cell: Cell) -> str:
@@ -141,10 +145,13 @@ class _Column(dict[Any, str]):
             self.hard.add(known)
             return ""
         text = ""
-        if isinstance(value, LocalImage) or not (
-            self._stands_alone or value is None or self._binder.stands_alone(self.name, value)
-        ):
+        if not (self._stands_alone or value is None or self._binder.stands_alone(self.name, value)):
             self.hard.add(known)
+        elif isinstance(value, LocalImage):
+            text = f"{self._lead}{dumps(image_to_json(value))},"
+            self.hashed[known] = f'{self._lead}{{"sha256":"{value.sha256}"}},'
+            if not is_same(value.path, cell):
+                self.kept[known] = piece(self.name, cell)
         elif value is not None:
             in_json = encode_basestring(value) if type(value) is str else dumps(value)
             text = f"{self._lead}{in_json},"
@@ -252,7 +259,7 @@ class Columns:
     def _pieces_laid(self, column: _Column, cells: Sequence[Cell]) -> tuple[list[str], list[str]]:
         known = column.known_by(cells)
         pieces = [column[cell] for cell in known]
-        if column.hard or any(map(_is_blank, cells)):
+        if column.hard or column.hashed or any(map(_is_blank, cells)):
             raise Refused("what is laid over the rows is looked at in each of them")
         self._values_laid[column.name] = list(map(column.value, cells))
         if column.images:
@@ -280,6 +287,7 @@ class Columns:
         if not self._is_table:
             known = [column.known_by(each) for column, each in zip(self._columns, known, strict=True)]
         pieces: list[Sequence[str]] = []
+        hashed: list[Sequence[str]] = []
         #: The parts of patches that there are, and the rows whose own is found one by one.
         changed: list[Sequence[str]] = []
         apart: set[int] = set() if self._is_plain else set(range(count))
@@ -288,6 +296,9 @@ class Columns:
         for column, each in zip(self._columns, known, strict=True):
             made, parts = column.pieces(each)
             pieces.append(self._spread(made))
+            hashed.append(pieces[-1])
+            if column.hashed:
+                hashed[-1] = self._spread(list(map(column.hashed.get, each, made)))
             if parts is not None:
                 changed.append(self._spread(parts))
             if column.hard:
@@ -296,12 +307,13 @@ class Columns:
                 apart.update(at for at, cell in enumerate(each) if cell is None)
         for laid, parts in self._over:
             pieces.append(laid * count)
+            hashed.append(pieces[-1])
             if size > 1 and any(parts):
                 changed.append(parts * count)
         own = len(self._columns)
         texts = map("".join, zip(*pieces[:own], [self._tail] * (count * size), *pieces[own:]))
         given = [f"{{{text[:-1]}}}" for text in texts]
-        contents = self._hashes(pieces, self._hashed, count * size)
+        contents = self._hashes(hashed, self._hashed, count * size)
         images: Sequence[int] = self._images * count
         if self._counting is not None:
             counted = self._counting.images
@@ -312,7 +324,7 @@ class Columns:
             self._spread(block.lines),
             ids,
             contents,
-            self._hashes(pieces, self._own, count * size) if self._fixed else contents,
+            self._hashes(hashed, self._own, count * size) if self._fixed else contents,
             self._tool,
             given,
             images,

@@ -33,13 +33,16 @@ def dumps(value: Any) -> str:
     return _ENCODER.encode(value)
 
 
+def image_to_json(image: LocalImage) -> dict[str, Any]:
+    """A local image as it stands among the values that a row gives."""
+    return {"file": image.path, "sha256": image.sha256, "bytes": image.size_bytes}
+
+
 def given_to_json(given: Mapping[str, Value | LocalImage]) -> str:
     """What a row gives, as JSON text; a local image is an object with file, sha256 and bytes."""
     return dumps(
         {
-            name: {"file": value.path, "sha256": value.sha256, "bytes": value.size_bytes}
-            if isinstance(value, LocalImage)
-            else value
+            name: image_to_json(value) if isinstance(value, LocalImage) else value
             for name, value in given.items()
         }
     )

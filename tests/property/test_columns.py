@@ -31,6 +31,7 @@ from batchrun.store.planning import Planning, form_json
 from batchrun.store.reading import read_cells, read_value
 from batchrun.tools.catalog import load
 from batchrun.tools.values import STORY
+from tests.support.images import draw
 
 COLUMNS = {
     "id": st.one_of(st.uuids().map(str), st.sampled_from(["", " padded ", "A", "a", "con", "ä/ö", "7"])),
@@ -47,7 +48,7 @@ COLUMNS = {
     "scheduler": st.sampled_from(["", "DDIMScheduler", "DDIM", "ddimscheduler", "none such"]),
     "refiner": st.sampled_from(["", "NO", "--only_base_model", "yes"]),
     "selectedLoraModel": st.sampled_from(["", "61", "61|82", '["61"]', "none such"]),
-    "inputImageUrl": st.sampled_from(["", "https://x.test/a.png", "no.png", "http:/x"]),
+    "inputImageUrl": st.sampled_from(["", "https://x.test/a.png", "a.png", "./a.png", "no.png", "http:/x"]),
     "stranger": st.sampled_from(["", "what"]),
 }
 SETS: list[dict[str, Any]] = [
@@ -58,7 +59,14 @@ SETS: list[dict[str, Any]] = [
 MANY = "id,prompt,steps\n" + "".join(
     f"{'' if n % 7 == 0 else n},picture {n // 3},{ {99: 'x', 130: '20.0'}.get(n, 20) }\n" for n in range(260)
 )
-TOOLS = ["Retro-Cartoons", "instant-id", "text-to-image-sd-lora", "story-diffusion-advanced"]
+IMAGE = draw("PNG")
+TOOLS = [
+    "Retro-Cartoons",
+    "instant-id",
+    "outpainting-sdxl-advanced",
+    "text-to-image-sd-lora",
+    "story-diffusion-advanced",
+]
 
 
 class OneByOne:
@@ -102,7 +110,7 @@ TOKENS = {
     "seed": (["7", "8", '"random"', "123456789"], ['"0042"', "7.0", "-7", "null", '"seven"', "9" * 30]),
     "refiner": (['"NO"'], ["false", '"yes"', "null"]),
     "selectedLoraModel": (['"61"', '["61"]'], ['["61", "82"]', "61", "[]", "null"]),
-    "inputImageUrl": (['"https://x.test/a.png"'], ['["https://x.test/a.png"]', '"no.png"', "null", "5"]),
+    "inputImageUrl": (['"https://x.test/a.png"', '"a.png"'], ['" a.png"', '["a.png"]', '"no.png"', "null"]),
     "stranger": (["null", "1"], ["null"]),
     "": (["1"], ["null"]),
 }  # fmt: skip
@@ -183,6 +191,7 @@ def test_rows_bound_together_are_what_each_is_by_itself(text, tool, set_values, 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "list.csv"
         path.write_text(text, encoding="utf-8", newline="")
+        path.with_name("a.png").write_bytes(IMAGE)
         job = job_for(path, tool=tool, set=set_values, map=names, extra=extra)
         assert read(job, path, one_by_one=False) == read(job, path, one_by_one=True)
 
@@ -213,6 +222,23 @@ def test_rows_bound_together_are_what_each_is_by_itself(text, tool, set_values, 
     max_requests=20,
 )
 @example(
+    text='{"id": "a", "prompt": "x", "inputImageUrl": "a.png"}\n'
+    '{"id": "b", "prompt": "x", "inputImageUrl": ["a.png"]}\n' * 4,
+    tool="instant-id",
+    set_values={"steps": 30},
+    names={},
+    expand={"seed": "1..2"},
+    max_requests=100,
+)
+@example(
+    text="inputImageUrl,prompt\na.png,x\n./a.png,x\n a.png,x\nhttps://x.test/a.png,x\n",
+    tool="instant-id",
+    set_values={},
+    names={},
+    expand={},
+    max_requests=20,
+)
+@example(
     text="prompt,scale\n" + "a cat,7.5\n" * 9,
     tool=TOOLS[0],
     set_values={"samples": 1},
@@ -226,6 +252,7 @@ def test_objects_and_expansions_bound_together_are_what_each_row_is_by_itself(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / ("list.jsonl" if text.startswith("{") else "list.csv")
         path.write_text(text, encoding="utf-8", newline="")
+        path.with_name("a.png").write_bytes(IMAGE)
         job = job_for(
             path, tool=tool, set=set_values, map=names, expand=expand, max_requests=max_requests, extra="keep"
         )
@@ -239,6 +266,7 @@ def test_rows_of_json_are_given_back_to_the_letter(text, set_values, expand):
     with tempfile.TemporaryDirectory() as folder, Planning.scratch() as planning:
         path = Path(folder) / "list.jsonl"
         path.write_text(text, encoding="utf-8", newline="")
+        path.with_name("a.png").write_bytes(IMAGE)
         job = job_for(path, tool=TOOLS[0], set=set_values, expand=expand, extra="keep", skip_invalid=True)
         with suppress(ManifestError):
             plan(job, load(), planning, stamp="", checkpoint=lambda: None)

@@ -517,9 +517,11 @@ def test_memory_does_not_grow_with_the_manifest(tmp_path: Path, is_first: bool) 
     assert many - few < 35 * 15_000  # less than a row's line for each further row
 
 
-def test_memory_does_not_grow_with_the_size_of_rows(plans: Plans) -> None:
-    rows = ({"prompt": "x" * 1_000_000 + str(n)} for n in range(25))
-    (plans.folder / "list.jsonl").write_text(jsonl(rows))
+@pytest.mark.parametrize(("rows", "chars"), [(25, 1_000_000), (1250, 20_000)])
+def test_memory_does_not_grow_with_the_size_of_rows(plans: Plans, rows: int, chars: int) -> None:
+    text = jsonl({"prompt": "x" * chars + str(n)} for n in range(rows))
+    (plans.folder / "list.jsonl").write_text(text)
+    del text
     tracemalloc.start()
     plans.take(None, name="list.jsonl")
     _, peak = tracemalloc.get_traced_memory()
