@@ -24,8 +24,8 @@ import anyio
 from anyio.abc import TaskGroup
 
 from batchrun.manifest.job import Job, job_for
+from batchrun.plan.findings import Findings
 from batchrun.plan.plan import plan
-from batchrun.plan.reading import Findings
 from batchrun.progress import Listener, Progress
 from batchrun.rehearsal import service
 from batchrun.runner import Outcome, Runner

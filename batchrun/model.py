@@ -118,18 +118,22 @@ class SourceRow:
 
 @dataclass(slots=True)
 class Block:
-    """Consecutive manifest rows of the same columns, each with a cell for every column, as text."""
+    """Consecutive manifest rows of the same columns in the same order, each with a cell for every column."""
 
-    #: The header's names; "" for an unnamed column.
+    #: The header's names, "" for an unnamed column; or the keys of JSON objects.
     columns: Sequence[str] = ()
     #: The line on which each row begins, from 1.
     lines: list[int] = field(default_factory=list)
-    #: By row; blank ones among them.
-    cells: list[list[str]] = field(default_factory=list)
+    #: By row; in a table blank ones among them.
+    cells: list[list[Cell]] = field(default_factory=list)
+    #: Of a table: its cells are text, a blank one is none.
+    is_table: bool = True
 
     def row(self, at: int) -> SourceRow:
-        """One of them by itself, without its blank cells."""
+        """One of them by itself; in a table without its blank cells."""
         cells = zip(self.columns, self.cells[at], strict=True)
+        if not self.is_table:
+            return SourceRow(self.lines[at], dict(cells))
         return SourceRow(
             self.lines[at], {name: cell for name, cell in cells if name and cell and not cell.isspace()}
         )
@@ -138,11 +142,14 @@ class Block:
         """All of them."""
         return map(self.row, range(len(self.lines)))
 
-    def taken(self) -> Iterator[Block]:
-        """The rows gathered so far, if there are any, as a block of their own; this one is empty then."""
-        if self.lines:
-            yield Block(self.columns, self.lines, self.cells)
-            self.lines, self.cells = [], []
+    def parts(self, rows: int) -> Iterator[Block]:
+        """The same rows, so many to a block at most."""
+        if len(self.lines) <= rows:
+            yield self
+            return
+        for at in range(0, len(self.lines), rows):
+            to = at + rows
+            yield Block(self.columns, self.lines[at:to], self.cells[at:to], self.is_table)
 
 
 @dataclass(frozen=True, slots=True)

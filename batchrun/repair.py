@@ -473,7 +473,9 @@ def _row_of(remains: Remains, tools: Mapping[int, str]) -> FoundRow | None:
         generation=generation if isinstance(generation, int) and 0 <= generation < _MAX_ROW else 0,
         cause=_text_or_none(record.get("cause")),
         message=_text_or_none(record.get("message")),
-        cells=remains.cells if _is_object(remains.cells) else None,
+        cells=remains.cells
+        if _is_object(remains.cells) or (is_request and _is_patch(remains.cells))
+        else None,
         settled=settled if isinstance(settled, int) and 0 < settled < _MAX_ROW else 0,
     )
     for output in remains.outputs:
@@ -514,10 +516,22 @@ def _state_of(remains: Remains) -> State | None:
 
 
 def _is_object(text: Any) -> bool:
+    return isinstance(_json_of(text), dict)
+
+
+def _is_patch(text: Any) -> bool:
+    """Whether it is what a row changes of what it gives (records.given_back)."""
+    match _json_of(text):
+        case [dict()]:
+            return True
+    return False
+
+
+def _json_of(text: Any) -> Any:
     try:
-        return isinstance(text, str) and isinstance(json.loads(text), dict)
+        return json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
-        return False
+        return None
 
 
 def _is_tool(text: str) -> bool:

@@ -32,10 +32,10 @@ from batchrun.manifest.job import Job
 from batchrun.manifest.json_text import shown
 from batchrun.model import TERMINAL, Counts, Failure, Row, State
 from batchrun.outputs.missing import Missing, missing
+from batchrun.plan.findings import Findings
 from batchrun.plan.inputs import LocalImages
 from batchrun.plan.plan import is_same, plan, stamp_of
 from batchrun.plan.prices import Estimate, estimate
-from batchrun.plan.reading import Findings
 from batchrun.progress import Fact, Progress
 from batchrun.rules.halt import Halt, parse_halt
 from batchrun.settings import Credentials
@@ -43,7 +43,8 @@ from batchrun.store.damage import check_further, check_sound
 from batchrun.store.folder import Folder
 from batchrun.store.orders import order_cancel
 from batchrun.store.planning import Merged, Planning
-from batchrun.store.store import Requeued, Store
+from batchrun.store.row_verbs import Requeued
+from batchrun.store.store import Store
 from batchrun.tools.bind import Binder
 from batchrun.tools.catalog import from_json, load
 from batchrun.wiro.client import Wiro

@@ -3,11 +3,14 @@
 A manifest of n rows and 10 columns is run against a server that answers every request with 401, so a run plans
 everything, asks once, and ends. Then all rows but the last 1000 are made done in the state, with their images
 (empty files) and result files, and the run is started again: nothing of that may be looked through before the
-first request. `BENCH_ROWS=10000000` adds the largest point of the curve (minutes, 15 GB of disk).
+first request. JSONL, and rows that `--expand` makes, are planned beside the same rows in CSV.
+`BENCH_ROWS=10000000` adds the largest point of the curve (minutes, 15 GB of disk).
 """
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import random
 import sqlite3
@@ -18,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -27,6 +31,8 @@ from bench.process import batchrun, run
 #: Rows of the curve's points; the last one is started again.
 POINTS = (10_000, 100_000, 1_000_000)
 UNFINISHED = 1000
+#: Rows of the kinds beside CSV.
+KIND_ROWS = 200_000
 ROUNDS = 7
 WORDS = ("owl", "fox", "castle", "river", "morning", "light", "oil painting", "old library", "candle", "rain")
 
@@ -75,11 +81,42 @@ def measure() -> list[Figure]:
             if rows == POINTS[-1]:
                 figures += _resumed(place, rows, env)
             (place / f"{rows}.csv").unlink()
+        figures += _kinds(place, env)
     return figures
 
 
 def _command(rows: int) -> list[str]:
     return batchrun("run", f"{rows}.csv", "--tool", "Retro-Cartoons", "--out", str(rows))
+
+
+def _kinds(place: Path, env: Mapping[str, str]) -> list[Figure]:
+    """What rows of other kinds cost, beside CSV; the start of the process included."""
+    _write(place / "rows.csv", KIND_ROWS)
+    numbers = ("steps", "scale", "width", "height", "seed", "samples")
+    with (
+        (place / "rows.csv").open(encoding="utf-8", newline="") as table,
+        (place / "rows.jsonl").open("w", encoding="utf-8") as file,
+    ):
+        for row in csv.DictReader(table):
+            file.write(json.dumps(row | {name: json.loads(row[name]) for name in numbers}) + "\n")
+    figures = []
+    for kind, name, options in (
+        ("CSV", "rows.csv", []),
+        ("JSONL", "rows.jsonl", []),
+        ("CSV, --expand repeat=2", "rows.csv", ["--expand", "repeat=2", "--max-requests", "1000000"]),
+    ):
+        command = batchrun("run", name, "--tool", "Retro-Cartoons", "--out", kind, *options)
+        cost = run(command, env=env, cwd=place)
+        with closing(sqlite3.connect(place / kind / "state.sqlite3")) as connection:
+            query = "SELECT count(*), sum(length(CAST(given AS BLOB))) FROM rows"
+            rows, given = connection.execute(query).fetchone()
+        beyond = ((place / kind / "state.sqlite3").stat().st_size - given) / rows
+        of = f"{kind}, {rows:,} rows"
+        figures += [
+            Figure(f"{of}: CPU per million", cost.cpu_s * 1e6 / rows, "s"),
+            Figure(f"{of}: state beyond parameters", beyond, "B/row", 400),
+        ]
+    return figures
 
 
 def _planned(place: Path, rows: int, env: Mapping[str, str]) -> list[Figure]:
@@ -124,7 +161,12 @@ def _write(path: Path, rows: int) -> None:
 def _resumed(place: Path, rows: int, env: Mapping[str, str]) -> list[Figure]:
     """Starts with all rows done but a few, beside `import aiohttp` in the same rounds."""
     folder = place / str(rows)
-    _finish(folder, rows - UNFINISHED)
+    # in a process of its own: what it takes would be counted with every command that is started after it
+    finishing = get_context("spawn").Process(target=_finish, args=(folder, rows - UNFINISHED))
+    finishing.start()
+    finishing.join()
+    if finishing.exitcode != 0:
+        raise RuntimeError(f"{folder}: the rows were not made done")
     bare = [sys.executable, "-c", "import aiohttp"]
     asked: list[float] = []
     told: list[float] = []

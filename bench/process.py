@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -21,7 +22,8 @@ class Cost:
 
     wall_s: float
     cpu_s: float
-    #: Most memory resident at once.
+    #: Most memory resident at once; NaN where our own was as much, since Linux counts what was there before the
+    #: command took the process over.
     peak_mb: float
     exit_code: int
     #: Unix seconds when it was started.
@@ -38,7 +40,9 @@ def run(command: Sequence[str | Path], *, env: Mapping[str, str], cwd: Path, log
         _, status, usage = os.wait4(process.pid, 0)
         wall_s = time.perf_counter() - begun
     process.returncode = os.waitstatus_to_exitcode(status)
-    return Cost(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, process.returncode, begun_at)
+    own_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_mb = usage.ru_maxrss / 1024 if usage.ru_maxrss > own_kb else float("nan")
+    return Cost(wall_s, usage.ru_utime + usage.ru_stime, peak_mb, process.returncode, begun_at)
 
 
 def batchrun(*arguments: str | Path) -> list[str]:

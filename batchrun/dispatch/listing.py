@@ -28,7 +28,8 @@ from batchrun.outputs.sidecars import JsonLines, Kinds, Record, metadata_record,
 from batchrun.progress import Fact, Progress
 from batchrun.store.changes import mark_listed
 from batchrun.store.folder import Folder
-from batchrun.store.store import Settled, Store, read_settled
+from batchrun.store.reading import Settled, read_settled
+from batchrun.store.store import Store
 from batchrun.tools.bind import Binder
 
 #: How often lines are added.

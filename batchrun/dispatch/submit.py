@@ -42,7 +42,8 @@ from batchrun.rules.policy import (
 from batchrun.rules.recovery import Absent, Adopt, Hold, Match, compare, print_of_value
 from batchrun.rules.recovery import Doubt as LostSubmit
 from batchrun.store.records import dumps
-from batchrun.store.store import Intent, Store
+from batchrun.store.row_verbs import Intent
+from batchrun.store.store import Store
 from batchrun.tools.bind import Binder
 
 #: A doubtful submit's task may be active this long while the tool's usual time is not known.

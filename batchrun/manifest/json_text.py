@@ -105,6 +105,8 @@ def encode(value: Any, *, ascii_only: bool = False) -> str:
 
     Raises TypeError for what JSON has no word for, ValueError for a number that is not finite.
     """
+    if type(value) is Decimal:
+        return _encode(value, ascii_only=ascii_only)
     try:
         return _ENCODERS[ascii_only].encode(value)  # in C, but it does not know Decimals
     except TypeError:

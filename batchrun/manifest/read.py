@@ -41,6 +41,8 @@ _MAX_CELL = 2**31 - 1
 _MAX_BROKEN = 1000
 #: Rows of a block at most, which also ends with the piece of text it came from; more were not quicker.
 _BLOCK_ROWS = 500
+#: Fewer objects of the same keys in a row are quicker one by one.
+_FEWEST_ROWS = 8
 _QUOTED = re.compile(r'"[^"]*+(?:""[^"]*+)*+"')
 _PADDED_QUOTE = re.compile(r'\s+"')
 
@@ -96,6 +98,34 @@ def _format_of(source: Path | BinaryIO, shown: str, format: str | None) -> str:
         said = f'the ending "{ending}"' if ending else "a name without ending"
         raise UsageError(f"{shown}: {said} does not tell the format; write --format with one of {forms}")
     return ENDINGS[ending]
+
+
+class _Gathering:
+    """Rows of the same columns on their way to a block, which ends with the piece of text they came from."""
+
+    def __init__(self, text: Text, columns: Sequence[str] = (), *, is_table: bool = True) -> None:
+        self.columns = columns
+        self._text = text
+        self._is_table = is_table
+        self._block = Block(columns, is_table=is_table)
+        self._lines = self._block.lines
+        self._pieces = text.pieces
+
+    def add(self, line: int, cells: list[Any]) -> bool:
+        """Take a row; whether the block is to be taken now."""
+        self._lines.append(line)
+        self._block.cells.append(cells)
+        return len(self._lines) >= _BLOCK_ROWS or self._pieces != self._text.pieces
+
+    def taken(self) -> Iterator[Block | SourceRow]:
+        """The rows gathered so far: as a block, or one by one where they are few."""
+        block, self._block = self._block, Block(self.columns, is_table=self._is_table)
+        self._lines = self._block.lines
+        self._pieces = self._text.pieces
+        if (self._is_table and block.lines) or len(block.lines) >= _FEWEST_ROWS:
+            yield block
+        else:
+            yield from block.rows()
 
 
 class Manifest:
@@ -198,8 +228,8 @@ class Manifest:
         text = self._text
         reader = csv.reader(text.lines(), delimiter=self.delimiter, strict=True)
         columns: list[str] = []
-        block = Block()
-        width = done = pieces = 0
+        block = _Gathering(text)
+        width = done = 0
         while True:
             try:
                 for row in reader:
@@ -208,18 +238,14 @@ class Manifest:
                     if not columns:
                         columns = self._header(row, line)
                         width = len(columns)
-                        block = Block(columns)
+                        block = _Gathering(text, columns)
                         continue
                     if self._broken_quotes:
                         continue
                     if done > line and sum(map(len, row)) > self._max_row_bytes:
                         raise too_long(self._max_row_bytes, line)
-                    if len(row) == width > 1:
-                        block.lines.append(line)
-                        block.cells.append(row)
-                        if len(block.lines) < _BLOCK_ROWS and pieces == text.pieces:
-                            continue
-                        pieces = text.pieces
+                    if len(row) == width > 1 and not block.add(line, row):
+                        continue
                     yield from block.taken()
                     if len(row) != width or width == 1:
                         yield from self._by_itself(line, row, columns)
@@ -243,8 +269,7 @@ class Manifest:
         lines = Lines(text.lines())
         rows = TsvRows(lines, self.delimiter, self._max_row_bytes)
         columns: list[str] = []
-        block = Block()
-        pieces = 0
+        block = _Gathering(text)
         try:
             for line in lines:
                 begin = text.row_line = lines.number
@@ -255,15 +280,11 @@ class Manifest:
                             "carriage returns without line feeds; save the file with line feeds", begin
                         )
                     columns = self._header([unquoted(cell) for cell in body.split(self.delimiter)], begin)
-                    block = Block(columns)
+                    block = _Gathering(text, columns)
                 elif body:
                     row = rows.split(line, len(columns))
-                    if len(row) == len(columns) > 1:
-                        block.lines.append(begin)
-                        block.cells.append(row)
-                        if len(block.lines) < _BLOCK_ROWS and pieces == text.pieces:
-                            continue
-                        pieces = text.pieces
+                    if len(row) == len(columns) > 1 and not block.add(begin, row):
+                        continue
                     yield from block.taken()
                     if len(row) != len(columns) or len(columns) == 1:
                         yield from self._by_itself(begin, row, columns)
@@ -350,7 +371,14 @@ class Manifest:
 
     # --- jsonl and json --------------------------------------------------------------------------
 
-    def _jsonl(self) -> Iterator[SourceRow | Problem]:
+    def _jsonl(self) -> Iterator[Block | SourceRow | Problem]:
+        return self._objects(self._values_by_line())
+
+    def _json(self) -> Iterator[Block | SourceRow | Problem]:
+        return self._objects(JsonArray(self._text.characters(), self._max_row_bytes).elements())
+
+    def _values_by_line(self) -> Iterator[tuple[int, Any]]:
+        """The value on each line, or the Problem with it."""
         decode = json_text.decode
         text = self._text
         for number, line in enumerate(text.lines(), 1):
@@ -369,15 +397,36 @@ class Manifest:
                     advice = (
                         "; every object must have one line of its own, or write --format json for an array"
                     )
-                yield self._problem(f"not JSON: {error.msg} (column {column}){advice}", number)
+                yield number, self._problem(f"not JSON: {error.msg} (column {column}){advice}", number)
             except json_text.JsonFault as error:
-                yield self._problem(str(error), number)
+                yield number, self._problem(str(error), number)
             else:
-                yield self._object(number, value)
+                yield number, value
 
-    def _json(self) -> Iterator[SourceRow | Problem]:
-        for line, value in JsonArray(self._text.characters(), self._max_row_bytes).elements():
-            yield self._object(line, value)
+    def _objects(self, values: Iterator[tuple[int, Any]]) -> Iterator[Block | SourceRow | Problem]:
+        """Rows that are objects, together while they have the same keys in the same order."""
+        block = _Gathering(self._text, is_table=False)
+        columns: list[str] = []
+        try:
+            for line, value in values:
+                if type(value) is dict:
+                    names = [*value]
+                    if names != columns or not names:
+                        yield from block.taken()
+                        if max(map(len, names), default=MAX_NAME_CHARS + 1) > MAX_NAME_CHARS:
+                            yield self._object(line, value)
+                            continue
+                        columns = names
+                        block = _Gathering(self._text, columns, is_table=False)
+                    if block.add(line, [*value.values()]):
+                        yield from block.taken()
+                else:
+                    yield from block.taken()
+                    yield value if isinstance(value, Problem) else self._object(line, value)
+        except Fault:
+            yield from block.taken()
+            raise
+        yield from block.taken()
 
     def _object(self, line: int, value: Any) -> SourceRow | Problem:
         if isinstance(value, dict):

@@ -54,7 +54,7 @@ class Text:
         self._lines_before = 0
         #: Whether a byte order mark was met, as Excel writes and wants one.
         self.has_bom = False
-        #: How many pieces of text lines() has come to.
+        #: How many pieces of text lines() or characters() has come to.
         self.pieces = 0
         self._bytes_before = 0
         #: (its first line, text) of each block that holds a part of the present row.
@@ -66,7 +66,9 @@ class Text:
 
     def characters(self) -> Iterator[str]:
         """The text in pieces of about BLOCK_BYTES that end anywhere. Raises Fault."""
-        return self._blocks(whole_lines=False)
+        for block in self._blocks(whole_lines=False):
+            self.pieces += 1
+            yield block
 
     def since(self, line: int) -> str:
         """What was read from `line` of the present row on, up to the end of its last block."""

@@ -16,7 +16,8 @@ from batchrun.errors import ManifestError
 from batchrun.manifest.job import Job
 from batchrun.manifest.read import open_manifest
 from batchrun.model import Problem
-from batchrun.plan.reading import Reading, form_columns
+from batchrun.plan.names import form_columns
+from batchrun.plan.reading import Reading
 from batchrun.store.planning import Merged, Planning, form_json
 from batchrun.store.records import dumps
 from batchrun.tools.catalog import Catalog

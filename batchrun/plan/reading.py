@@ -7,40 +7,36 @@ grow with the manifest.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from batchrun.errors import ManifestError, UsageError
 from batchrun.manifest.expand import Axis, Expansion
 from batchrun.manifest.job import Job
 from batchrun.manifest.json_text import encode, shown
-from batchrun.model import Block, Cell, Problem, Request, Severity, SourceRow, Tool
+from batchrun.model import Block, Cell, Problem, Request, Severity, SourceRow
 from batchrun.plan.columns import Columns
+from batchrun.plan.findings import Findings
 from batchrun.plan.hints import Hints
 from batchrun.plan.identity import content_hash
 from batchrun.plan.inputs import LocalImages
+from batchrun.plan.kept import kept
+from batchrun.plan.names import ID, TOOL, Names, ToolInUse, form_columns
+from batchrun.plan.strangers import Strangers
 from batchrun.store.planning import Planning
-from batchrun.store.records import cells_given, dumps, given_to_json
+from batchrun.store.records import cells_given, given_to_json
 from batchrun.store.staged import Staged
-from batchrun.tools.bind import Binder, Refused, closest
-from batchrun.tools.catalog import Catalog, to_json
+from batchrun.tools.bind import Refused
+from batchrun.tools.catalog import Catalog
 
-ID, TOOL = "id", "tool"
-#: Problems kept one by one; beyond that they are counted.
-MAX_PROBLEMS = 10_000
-#: Columns told one by one that are no parameters; every row of JSON may have its own.
-MAX_STRANGERS = 1000
 #: Far above what any tool makes for one request; what the state can hold and add up.
 MAX_IMAGES = 100_000
-#: Names of tools that are remembered, wrong ones among them; longer ones are not.
-_REMEMBERED = 1000
-_LONGEST_NAME = 200
-#: What is told of one row's columns that are no parameters.
-_MAX_FAULTS = 20
+#: Headers whose rows are bound together, and how many requests at once; JSON objects may each have their own.
+_HEADERS = 4
+_TOGETHER = 2000
 
 
 class Rows(Protocol):
@@ -66,73 +62,17 @@ class Rows(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Findings:
-    """What a reading found wrong or worth telling."""
-
-    errors: list[Problem] = field(default_factory=list)
-    warnings: list[Problem] = field(default_factory=list)
-    hints: list[Problem] = field(default_factory=list)
-    error_count: int = 0
-    warning_count: int = 0
-    #: Those errors that no skipping of rows can help.
-    blocking: list[Problem] = field(default_factory=list)
-    #: Requests that have no error.
-    valid_rows: int = 0
-
-    @property
-    def fatal(self) -> bool:
-        """Whether there are errors that no skipping of rows can help."""
-        return bool(self.blocking)
-
-    def allows(self, *, skip_invalid: bool) -> bool:
-        """Whether a run may begin."""
-        return not self.blocking and (skip_invalid or not self.error_count)
-
-    def as_error(self) -> ManifestError:
-        """All errors, to be raised where nothing can be run."""
-        return ManifestError(
-            self.errors, total=self.error_count, blocking=self.blocking, valid_rows=self.valid_rows
-        )
-
-    def block(self, problem: Problem) -> None:
-        """Add an error that no skipping of rows can help."""
-        self.add(problem)
-        if len(self.blocking) < MAX_PROBLEMS:
-            self.blocking.append(problem)
-
-    def add(self, problem: Problem) -> None:
-        """Count a problem and keep it while there are not too many."""
-        if problem.severity is Severity.ERROR:
-            self.error_count += 1
-            kept = self.errors
-        else:
-            self.warning_count += 1
-            kept = self.warnings
-        if len(kept) < MAX_PROBLEMS:
-            kept.append(problem)
-
-
 @dataclass(frozen=True, slots=True)
 class _Line:
     """A manifest row on its way to requests."""
 
     row: SourceRow
     id: str | None
-    used: _ToolInUse
+    used: ToolInUse
     #: What it carries beside parameters.
     extra: Mapping[str, Cell]
     #: Columns that make it wrong.
     faults: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class _Stranger:
-    """A column that is no parameter of the tool of some rows."""
-
-    #: (line, the tool's name) of those rows, as far as they are kept.
-    places: list[tuple[int, str]] = field(default_factory=list)
-    rows: int = 0
 
 
 class _EmptyList(Exception):
@@ -141,16 +81,6 @@ class _EmptyList(Exception):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name
-
-
-@dataclass(slots=True)
-class _ToolInUse:
-    tool: Tool
-    binder: Binder
-    number: int
-    spellings: dict[str, str] = field(default_factory=dict)
-    #: What columns stand for, as far as that is a parameter of the tool.
-    meant: dict[str, list[str]] = field(default_factory=dict)
 
 
 class Reading:
@@ -168,7 +98,6 @@ class Reading:
         #: Of the rows that can be asked for.
         self.images = 0
         self._job = job
-        self._catalog = catalog
         self._planning = planning
         self._name = name
         self._checkpoint = checkpoint
@@ -177,24 +106,14 @@ class Reading:
         self._images = LocalImages(folder, allow_outside=job.allow_outside)
         self._axes = job.axes
         self._laid = {axis.name for axis in job.axes}
-        self._tools: dict[str, _ToolInUse | UsageError] = {}
-        self._parameters: dict[str, list[str]] = {}
-        for parameter, column in job.map.items():
-            self._parameters.setdefault(column, []).append(parameter)
-        #: Names of set, map and expand that some tool of the manifest knows.
-        self._useful: set[str] = set()
-        self._unseen_columns = set(job.map.values())
-        #: Names of columns, as far as they are remembered.
-        self._columns: set[str] = set()
+        self._names = Names(job, catalog, planning.tool)
+        self._strangers = Strangers(self._names)
         #: The columns of a table and of its expansion; None: rows name their own cells.
         self._header: frozenset[str] | None = None
-        #: How rows of this header are bound together; None: each by itself.
-        self._together: tuple[Sequence[str], _ToolInUse | None, Columns | None] | None = None
+        #: How rows of a header are bound together; None: each by itself.
+        self._together: dict[tuple[str, ...], tuple[ToolInUse | None, Columns | None]] = {}
         self._expanded = 0
         self._is_too_many = False
-        self._strangers: dict[str, _Stranger] = {}
-        #: How many of their places are kept.
-        self._places = 0
 
     def read(self, manifest: Rows) -> None:
         """Read to the end; `findings` then says what is wrong, and the planning holds the rows."""
@@ -206,6 +125,7 @@ class Reading:
             if self._header is None and manifest.columns is not None:
                 self._header = frozenset(form_columns(self._job, manifest.columns))
             if isinstance(item, Block):
+                self._names.see(item.columns)
                 self._block(item)
                 continue
             if isinstance(item, Problem):
@@ -214,16 +134,16 @@ class Reading:
                     misread = item
                     self._stage_invalid(item.line, None, {}, str(item.message))
                 continue
-            self._unseen_columns -= item.cells.keys()
-            if len(self._columns) < MAX_STRANGERS:
-                self._columns.update(item.cells)
+            self._names.see(item.cells)
             self._row(item, blank)
-        self._columns.update(manifest.columns or ())
-        self._unseen_columns -= set(manifest.columns or ())
+        self._names.see(manifest.columns or ())
         if not manifest.complete:  # the last word of a reading that had to end says why
             self.findings.blocking.append(misread or Problem("was not read to its end", self._name))
-        self._tell_strangers()
-        self._check_names()
+        for line, column, message in self._strangers.told():
+            self._problem(line, column, message)
+        self.findings.error_count += self._strangers.untold
+        for setting, message in self._names.mistaken():
+            self.findings.block(Problem(message, self._name, 0, setting))
         _, self.images, identical = self._planning.summary()
         self._check_ids()
         self.findings.hints.extend(self._hints.told(file=self._name, identical=identical))
@@ -232,24 +152,34 @@ class Reading:
 
     def _block(self, block: Block) -> None:
         """Rows of one header: together where they are simple, one by one where not."""
-        if self._together is None or self._together[0] != block.columns:
-            self._together = self._bound_together(block.columns)
-        _, used, columns = self._together
+        used, columns = self._bound_together(block)
         if used is None or columns is None:
             for row in block.rows():
-                self._row(row, True)
+                self._row(row, block.is_table)
             return
+        size = len(columns.laid)
+        for part in block.parts(max(1, _TOGETHER // size)):
+            if size > 1 and self._expanded + size * len(part.lines) > self._job.max_requests:
+                for row in part.rows():
+                    self._row(row, block.is_table)
+            else:
+                self._part(part, used, columns)
+
+    def _part(self, block: Block, used: ToolInUse, columns: Columns) -> None:
+        """Rows that are bound together, but for some."""
         staged, hard = columns.bind(block)
-        simple: Sequence[int] = range(len(block.lines))
+        size = len(columns.laid)
+        simple: Sequence[int] = range(len(staged.lines))
         if not hard:
             self._planning.stage_block(staged)
         else:
-            for at in simple:
-                if at in hard:
-                    self._row(block.row(at), True)
+            for row in range(len(block.lines)):
+                if row in hard:
+                    self._row(block.row(row), block.is_table)
                 else:
-                    self._planning.stage(staged.row(at))
-            simple = [at for at in simple if at not in hard]
+                    for at in range(row * size, (row + 1) * size):
+                        self._planning.stage(staged.row(at))
+            simple = [at for at in simple if at // size not in hard]
         left = 0
         if used.tool.parameter("samples") is not None and max(staged.images) > 1:
             several = [at for at in simple if staged.images[at] > 1]
@@ -260,64 +190,78 @@ class Reading:
         self.valid_by_tool[used.tool.slug] += len(simple)
         self.findings.valid_rows += len(simple)
         self.requests += len(simple)
+        self._expanded += len(simple) if size > 1 else 0
 
-    def _bound_together(
-        self, header: Sequence[str]
-    ) -> tuple[Sequence[str], _ToolInUse | None, Columns | None]:
+    def _bound_together(self, block: Block) -> tuple[ToolInUse | None, Columns | None]:
         """How rows of this header are bound; None when each must be read by itself."""
-        job, named = self._job, [name for name in header if name]
-        if self._axes or job.repeat > 1 or job.tool is None or self._column(TOOL) in named:
-            return header, None, None
+        header = tuple(block.columns)
+        if header not in self._together:
+            if len(self._together) >= _HEADERS:
+                return None, None
+            self._together[header] = self._binding(block)
+        return self._together[header]
+
+    def _binding(self, block: Block) -> tuple[ToolInUse | None, Columns | None]:
+        job, header = self._job, block.columns
+        if job.tool is None or self._names.column(TOOL) in header:
+            return None, None
         try:
-            used = self._tool(job.tool)
+            used = self._names.tool(job.tool)
         except UsageError:
-            return header, None, None
-        id_column = self._column(ID)
-        meant = [[name for name in self._meant_by(column) if used.binder.knows(name)] for column in header]
+            return None, None
+        id_column = self._names.column(ID)
+        meant = [
+            [name for name in self._names.meant_by(column) if used.binder.knows(name)] for column in header
+        ]
+        is_unnamed = [block.is_table and not column for column in header]
         parameters = [
-            "" if not column else "".join(names) for column, names in zip(header, meant, strict=True)
+            "" if unnamed else "".join(names) for unnamed, names in zip(is_unnamed, meant, strict=True)
         ]
         strange = [
             column
-            for column, names in zip(header, meant, strict=True)
-            if column and (len(names) > 1 or (column == id_column) == bool(names))
+            for column, unnamed, names in zip(header, is_unnamed, meant, strict=True)
+            if not unnamed and (len(names) > 1 or (column == id_column) == bool(names))
         ]
         given = list(filter(None, parameters))
-        if strange or len(set(given)) < len(given):
-            return header, None, None
+        axes = tuple(axis for axis in self._axes if used.binder.knows(axis.name))
+        expansion = Expansion(axes, job.repeat)
+        if strange or len(set(given)) < len(given) or expansion.size > _TOGETHER:
+            return None, None
         try:
             columns = Columns(
                 header,
                 parameters,
-                id_at=header.index(id_column) if id_column in header else None,
+                header=self._header,
+                id_at=list(header).index(id_column) if id_column in header else None,
                 run_path=used.tool.run_path,
                 tool=used.number,
                 binder=used.binder,
                 set_values={name: value for name, value in job.set.items() if used.binder.knows(name)},
+                laid=[overlay for _, overlay in expansion],
+                laid_in={axis.name: self._names.column(axis.name) for axis in axes},
                 read_image=self._images.read,
                 max_images=MAX_IMAGES,
-                text_of=lambda cells: encode(dict(cells)),
             )
         except (Refused, ManifestError):
-            return header, None, None
-        return header, used, columns
+            return None, None
+        return used, columns
 
     # --- one row ------------------------------------------------------------------------------------
 
     def _row(self, row: SourceRow, blank_is_default: bool) -> None:
-        id_, id_fault = self._text(row, ID)
-        tool_name, tool_fault = self._text(row, TOOL)
+        id_, id_fault = self._names.text(row, ID)
+        tool_name, tool_fault = self._names.text(row, TOOL)
         try:
             if tool_fault:
                 raise UsageError(tool_fault)
-            used = self._tool(tool_name or self._job.tool)
+            used = self._names.tool(tool_name)
         except UsageError as error:
-            self._refuse(row, id_, self._column(TOOL) if tool_name or tool_fault else "", str(error))
+            self._refuse(row, id_, self._names.column(TOOL) if tool_name or tool_fault else "", str(error))
             return
         if id_fault:
-            self._refuse(row, None, self._column(ID), id_fault)
+            self._refuse(row, None, self._names.column(ID), id_fault)
             return
-        cells, unknown = self._sorted(row, used)
+        cells, unknown = self._names.sorted(row, used)
         extra, faults = self._extra(row, unknown, used)
         for name, value in self._job.set.items():
             if used.binder.knows(name) and cells.get(name) is None:
@@ -326,7 +270,7 @@ class Reading:
             expansion = self._expansion(row, cells, used)
         except _EmptyList as empty:
             message = "the list is empty; write at least one value, or null for the default"
-            self._refuse(row, id_, self._column(empty.name), message)
+            self._refuse(row, id_, self._names.column(empty.name), message)
             return
         if expansion.size > 1:
             self._expanded += expansion.size
@@ -372,7 +316,9 @@ class Reading:
         self.valid_by_tool[used.tool.slug] += 1
         self._hints.request(used.tool, request)
         content = content_hash(used.tool.run_path, request.given)
-        by_set = {name for name in self._job.set if name not in overlay and self._given(row, name) is None}
+        by_set = {
+            name for name in self._job.set if name not in overlay and self._names.given(row, name) is None
+        }
         own = content_hash(used.tool.run_path, request.given, without=by_set) if by_set else content
         self.requests += 1
         self._planning.stage(
@@ -390,14 +336,9 @@ class Reading:
         )
 
     def _cells(self, source: Mapping[str, Cell], id_: str | None, request: Request) -> str | None:
-        """The row as the manifest had it; None when what it gives tells it."""
+        """What is kept of the row as the manifest had it."""
         told = cells_given(id_, request.given, self._header)
-        is_told = told == source if self._header is not None else _is_same_json(told, source)
-        return None if is_told else encode(dict(source))
-
-    def _given(self, row: SourceRow, parameter: str) -> Cell:
-        column = self._column(parameter)
-        return row.cells.get(column) if parameter in self._meant_by(column) else None
+        return kept(told, source, in_order=self._header is None)
 
     def _refuse(self, row: SourceRow, id_: str | None, column: str, message: str) -> None:
         """The whole row is wrong."""
@@ -414,113 +355,33 @@ class Reading:
         """The row as it would stand in a manifest of its own, with the values of its expansion."""
         source = dict(row.cells)
         for name, value in overlay.items():
-            source[self._column(name)] = value
+            source[self._names.column(name)] = value
         if id_ is not None:
-            source[self._column(ID)] = id_
+            source[self._names.column(ID)] = id_
         return source
 
     # --- its parts ---------------------------------------------------------------------------------------
 
-    def _tool(self, name: str | None) -> _ToolInUse:
-        if name is None:
-            raise UsageError("the row names no tool; use --tool TOOL or give the manifest a column tool")
-        used = self._tools.get(name)
-        if used is None:
-            try:
-                tool = self._catalog.find(name)
-                same = next(
-                    (u for u in self._tools.values() if isinstance(u, _ToolInUse) and u.tool == tool), None
-                )
-                used = same or self._begin(tool)
-            except UsageError as error:
-                if len(self._tools) >= _REMEMBERED or len(name) > _LONGEST_NAME:
-                    raise
-                used = error
-            self._tools[name] = used
-        if isinstance(used, UsageError):
-            raise used
-        return used
-
-    def _begin(self, tool: Tool) -> _ToolInUse:
-        binder = Binder(tool, lora_scale=self._job.lora_scale)
-        self._useful.update(binder.names)
-        described = {**to_json(tool), "lora_scale": self._job.lora_scale}  # all that a request is made by
-        return _ToolInUse(tool, binder, self._planning.tool(dumps(described)))
-
-    def _column(self, name: str) -> str:
-        """The manifest's column that holds a parameter, the id or the tool."""
-        return self._job.map.get(name, name)
-
-    def _text(self, row: SourceRow, name: str) -> tuple[str | None, str]:
-        """A row's id or tool, and what is wrong with it; whole numbers are taken by their digits."""
-        cell = row.cells.get(self._column(name))
-        if cell is None:
-            return None, ""
-        if isinstance(cell, bool) or not isinstance(cell, (str, int)):
-            return None, f"must be text, not {json.dumps(cell, default=str)[:40]}"
-        return str(cell).strip() or None, ""
-
-    def _sorted(self, row: SourceRow, used: _ToolInUse) -> tuple[dict[str, Cell], dict[str, Cell]]:
-        """The row's cells by parameter, and those by column that are no parameter of its tool."""
-        cells: dict[str, Cell] = {}
-        unknown: dict[str, Cell] = {}
-        named = (self._column(ID), self._column(TOOL))
-        meant = used.meant
-        for column, cell in row.cells.items():
-            known = meant.get(column)
-            if known is None:
-                known = [name for name in self._meant_by(column) if used.binder.knows(name)]
-                if known:  # what a tool knows is bounded
-                    meant[column] = known
-            for name in known:
-                cells[name] = cell
-            if not known and column not in named:
-                unknown[column] = cell
-        return cells, unknown
-
-    def _meant_by(self, column: str) -> Sequence[str]:
-        """The parameters a column stands for; none when its own is taken from another column."""
-        own = () if column in self._job.map else (column,)
-        return self._parameters.get(column, own)
-
     def _extra(
-        self, row: SourceRow, unknown: Mapping[str, Cell], used: _ToolInUse
+        self, row: SourceRow, unknown: Mapping[str, Cell], used: ToolInUse
     ) -> tuple[dict[str, Cell], tuple[str, ...]]:
         """What the row carries beside parameters, and what is wrong with that."""
         if not unknown:
             return {}, ()
-        if self._job.extra != "error":
-            self._hints.unused(unknown)
-            self._hints.misspelt(unknown, self._spellings(used))
-            return (dict(unknown) if self._job.extra == "keep" else {}), ()
-        names = [name for name, cell in unknown.items() if cell is not None]
-        for name in names:
-            if name not in self._strangers and len(self._strangers) >= MAX_STRANGERS:
-                self.findings.error_count += 1
-                continue
-            stranger = self._strangers.setdefault(name, _Stranger())
-            stranger.rows += 1
-            if self._places < MAX_PROBLEMS or not stranger.places:
-                self._places += 1
-                stranger.places.append((row.line, used.tool.slug))
-        faults = [f"{name}: is no parameter of {used.tool.slug}" for name in names[:_MAX_FAULTS]]
-        if len(names) > _MAX_FAULTS:
-            faults.append(f"and {len(names) - _MAX_FAULTS:,} more columns that are none")
-        return {}, tuple(faults)
+        if self._job.extra == "error":
+            columns = [name for name, cell in unknown.items() if cell is not None]
+            return {}, self._strangers.add(columns, row.line, used.tool.slug)
+        self._hints.unused(unknown)
+        self._hints.misspelt(unknown, used.spellings)
+        return (dict(unknown) if self._job.extra == "keep" else {}), ()
 
-    def _spellings(self, used: _ToolInUse) -> Mapping[str, str]:
-        """The names that columns may have, by the same in lower case."""
-        if not used.spellings:
-            used.spellings = {name.casefold(): name for name in (*used.binder.names, ID, TOOL)}
-        return used.spellings
-
-    def _expansion(self, row: SourceRow, cells: Mapping[str, Cell], used: _ToolInUse) -> Expansion:
+    def _expansion(self, row: SourceRow, cells: Mapping[str, Cell], used: ToolInUse) -> Expansion:
         """What the row stands for. Its own value wins over an axis of the job's, as it does over `set`."""
         axes = []
         for axis in self._axes:
             if not used.binder.knows(axis.name):
                 continue
-            if self._given(row, axis.name) is None:
+            if self._names.given(row, axis.name) is None:
                 axes.append(axis)
             else:
                 self._hints.unexpanded(axis.name)
@@ -536,8 +397,8 @@ class Reading:
 
     def _placed(self, problem: Problem, row: SourceRow) -> Problem:
         """A binder's problem at its place in the manifest, under the column's own name."""
-        column = self._column(problem.column)
-        if problem.column in self._laid and self._given(row, problem.column) is None:
+        column = self._names.column(problem.column)
+        if problem.column in self._laid and self._names.given(row, problem.column) is None:
             column = f"--expand {problem.column}"
         elif column not in row.cells and problem.column in self._job.set:
             column = f"--set {problem.column}"
@@ -556,79 +417,10 @@ class Reading:
         )
         self.findings.block(Problem(told, self._name, line))
 
-    def _tell_strangers(self) -> None:
-        """A column that no tool knows is one mistake, however many rows it has."""
-        for name, stranger in self._strangers.items():
-            if not self._useful.isdisjoint(self._meant_by(name)):
-                for line, slug in stranger.places:
-                    self._problem(
-                        line, name, f"is a parameter of another tool, not of {slug}; leave it empty"
-                    )
-                self.findings.error_count += stranger.rows - len(stranger.places)
-                continue
-            line, slug = stranger.places[0]
-            advice = f"{meant} " if (meant := _meant(name, self._useful | {ID, TOOL})) else ""
-            if name in self._job.map:
-                advice = f"{name} is taken from column {self._job.map[name]}; "
-            rows = f" ({stranger.rows:,} rows)" if stranger.rows > 1 else ""
-            self._problem(
-                line,
-                name,
-                f"is no parameter of {slug}{rows}; {advice}"
-                "--extra keep carries such columns to the results, --extra drop leaves them out",
-            )
-
-    def _check_names(self) -> None:
-        """Names of the settings that no tool of the manifest knows are mistakes."""
-        if not any(isinstance(used, _ToolInUse) for used in self._tools.values()):
-            return
-        for option, names, useful in (
-            ("--set", list(self._job.set), self._useful),
-            ("--map", list(self._job.map), self._useful | {ID, TOOL}),
-            ("--expand", [axis.name for axis in self._axes], self._useful),
-        ):
-            for name in names:
-                if name not in useful:
-                    told = "; ".join(
-                        filter(None, ("no tool of the manifest has this parameter", _meant(name, useful)))
-                    )
-                    self._setting(option, name, told)
-        for parameter, column in self._job.map.items():
-            if column in self._unseen_columns:
-                meant = _meant(column, sorted(self._columns - {""}))
-                told = "; ".join(filter(None, (f'the manifest has no column "{column}"', meant)))
-                self._setting("--map", f"{parameter}={column}", told)
-
-    def _setting(self, option: str, name: str, message: str) -> None:
-        self.findings.block(Problem(message, self._name, 0, f"{option} {name}"))
-
     def _check_ids(self) -> None:
         for twice in self._planning.duplicates():
             told = (
                 f"{shown(twice.id)} is already the id of line {twice.first_line}; write an id of its own, "
                 "or leave ids out"
             )
-            self.findings.block(Problem(told, self._name, twice.line, self._column(ID)))
-
-
-def form_columns(job: Job, columns: Sequence[str]) -> list[str]:
-    """A table's columns and those that its expansion adds."""
-    added = [job.map.get(axis.name, axis.name) for axis in job.axes]
-    return [*columns, *(name for name in added if name not in columns)]
-
-
-def _is_same_json(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two objects are the same text in JSON: the order of keys counts, and each digit of a number."""
-    return list(one) == list(other) and all(
-        a == b if type(a) is type(b) and type(a) in (str, int) else encode(a) == encode(b)
-        for a, b in zip(one.values(), other.values(), strict=True)
-    )
-
-
-def _meant(name: str, names: Iterable[str]) -> str:
-    """What a name that means nothing was probably meant to be, as a question; "" when nothing is like it."""
-    near = closest(name, names)
-    if near is None:
-        return ""
-    case = " (upper and lower case matter)" if near.casefold() == name.casefold() else ""
-    return f"did you mean {shown(near)[1:-1]}?{case}"
+            self.findings.block(Problem(told, self._name, twice.line, self._names.column(ID)))

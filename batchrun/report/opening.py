@@ -11,8 +11,8 @@ from batchrun.report.words import Line, count, exact_usd, plain, rough_usd
 
 if TYPE_CHECKING:
     from batchrun.model import Counts
+    from batchrun.plan.findings import Findings
     from batchrun.plan.prices import Estimate
-    from batchrun.plan.reading import Findings
     from batchrun.store.planning import Merged
 
 #: Warnings, and errors, said one by one.

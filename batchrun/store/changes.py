@@ -225,3 +225,11 @@ def _decimal_text(value: Decimal | None) -> str | None:
 def mark_listed(connection: sqlite3.Connection, mark: Mapping[str, Any]) -> None:
     """The sidecar files were written anew and hold every row settled up to this mark."""
     connection.execute("UPDATE run SET listed = ?", (dumps(dict(mark)),))
+
+
+def settle_invalid(connection: sqlite3.Connection) -> None:
+    """Rows that cannot be asked for rest as they are."""
+    for (seq,) in connection.execute(
+        "SELECT seq FROM rows WHERE state = 'invalid' AND settled IS NULL ORDER BY seq"
+    ).fetchall():
+        connection.execute("UPDATE rows SET settled = ? WHERE seq = ?", (next_settled(connection), seq))

@@ -42,6 +42,10 @@ def _sixth(connection: sqlite3.Connection) -> None:
             connection.execute(statement)
 
 
+def _seventh(connection: sqlite3.Connection) -> None:
+    """What is kept of a row may be a patch: earlier versions would give back something else."""
+
+
 def _schema() -> list[str]:
     return _statements(Path(__file__).with_name("schema.sql").read_text(encoding="utf-8"))
 
@@ -53,7 +57,15 @@ def _statements(script: str) -> list[str]:
 
 
 #: In order; the file's user_version counts how many have run.
-STEPS: tuple[Callable[[sqlite3.Connection], None], ...] = (_first, _second, _third, _fourth, _fifth, _sixth)
+STEPS: tuple[Callable[[sqlite3.Connection], None], ...] = (
+    _first,
+    _second,
+    _third,
+    _fourth,
+    _fifth,
+    _sixth,
+    _seventh,
+)
 
 
 def migrate(connection: sqlite3.Connection) -> None:

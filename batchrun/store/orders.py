@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 from batchrun.errors import StoreError
 from batchrun.model import Counts, Failure, State
 from batchrun.store.connection import connect, store_error
-from batchrun.store.reading import UNFINISHED, Place, read_places
+from batchrun.store.reading import UNFINISHED, Place, read_counts, read_failures, read_places
 from batchrun.store.rebuilding import facts
-from batchrun.store.store import read_counts, read_failures
 
 T = TypeVar("T")
 

@@ -19,6 +19,7 @@ from batchrun.store.records import (
     ROW_COLUMNS,
     cells_given,
     complete_all,
+    given_back,
     read_output,
 )
 
@@ -140,11 +141,9 @@ def read_rejected(connection: sqlite3.Connection, *, after_seq: int, limit: int)
 
 def read_cells(connection: sqlite3.Connection, seq: int, columns: Collection[str] | None) -> dict[str, Any]:
     """A row as the manifest had it, which has these columns (None: its rows name their own cells)."""
-    text = read_value(connection, "SELECT cells FROM sources WHERE row = ?", (seq,))
-    if text is not None:
-        return dict(json.loads(text, parse_float=Decimal))
-    id_, given = connection.execute("SELECT id, given FROM rows WHERE seq = ?", (seq,)).fetchone()
-    return cells_given(id_, json.loads(given), columns)
+    query = "SELECT id, given, cells FROM rows LEFT JOIN sources ON row = seq WHERE seq = ?"
+    id_, given, kept = connection.execute(query, (seq,)).fetchone()
+    return given_back(cells_given(id_, json.loads(given), columns), kept)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,13 +35,16 @@ def dumps(value: Any) -> str:
     return _ENCODER.encode(value)
 
 
+def image_to_json(image: LocalImage) -> dict[str, Any]:
+    """A local image as it stands among the values that a row gives."""
+    return {"file": image.path, "sha256": image.sha256, "bytes": image.size_bytes}
+
+
 def given_to_json(given: Mapping[str, Value | LocalImage]) -> str:
     """What a row gives, as JSON text; a local image is an object with file, sha256 and bytes."""
     return dumps(
         {
-            name: {"file": value.path, "sha256": value.sha256, "bytes": value.size_bytes}
-            if isinstance(value, LocalImage)
-            else value
+            name: image_to_json(value) if isinstance(value, LocalImage) else value
             for name, value in given.items()
         }
     )
@@ -73,6 +76,16 @@ def cells_given(id: str | None, given: Mapping[str, Any], columns: Collection[st
         elif name in columns:  # others are from --set
             cells[name] = str(value) if type(value) in (str, int) else dumps(value)
     return cells
+
+
+def given_back(told: Mapping[str, Any], kept: str | None) -> dict[str, Any]:
+    """A row as the manifest had it: as what it gives tells it, but for what is kept of it (`sources`)."""
+    if kept is None:
+        return dict(told)
+    cells = json.loads(kept, parse_float=Decimal)
+    if isinstance(cells, list):  # a merge patch
+        cells = {name: cell for name, cell in {**told, **cells[0]}.items() if cell is not None}
+    return dict(cells)
 
 
 def read_row(record: tuple[Any, ...], attempt: Attempt | None, outputs: Iterable[Output]) -> Row:

@@ -66,10 +66,10 @@ CREATE INDEX rows_leased ON rows (lease) WHERE lease IS NOT NULL;
 CREATE INDEX rows_settled ON rows (settled) WHERE settled IS NOT NULL;
 
 -- Rows as the manifest had them (with the values of their expansion), to give failed ones back; only those
--- that cannot be told from what they give (records.cells_given).
+-- that cannot be told from what they give, and of most of these only what differs (records.given_back).
 CREATE TABLE sources (
     row INTEGER PRIMARY KEY REFERENCES rows(seq),
-    cells TEXT NOT NULL                   -- JSON object
+    cells TEXT NOT NULL                   -- JSON object: the row; JSON list: a merge patch to what it gives
 ) STRICT;
 
 -- One try for a row. A try that certainly made no task is removed again.

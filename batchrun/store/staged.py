@@ -21,7 +21,7 @@ class Staged(NamedTuple):
     given: str
     extra: str
     images: int
-    #: The row as the manifest had it, as JSON; None when what it gives tells it (records.cells_given).
+    #: What is kept of the row as the manifest had it (records.given_back); None: what it gives tells it.
     cells: str | None
     #: What is wrong with an invalid row; None for a good one.
     message: str | None = None

@@ -169,6 +169,13 @@ def test_rows_of_json_are_given_back_to_the_letter_whether_that_is_kept_or_told(
         assert kept == [(seq,) for seq, how in enumerate(lines.values(), 1) if how == "kept"]
         given = [list(source.items()) for source in plans.sources()]
         assert given == [list(json.loads(line, parse_float=Decimal).items()) for line in lines]
+        # a bought row that asks for something else now is left alone, and is given back as it stands now
+        plans.buy()
+        changed = [line.replace('"x"', '"z"').replace('"é"', '"z"') for line in lines]
+        plans.take("\n".join(changed), name="list.jsonl")
+        assert plans.rows()[0].given["prompt"] == "é"
+        given = [list(source.items()) for source in plans.sources()[:-1]]
+        assert given == [list(json.loads(line, parse_float=Decimal).items()) for line in changed[:-1]]
 
 
 def test_a_manifest_that_the_system_shows_unchanged_is_not_read_to_be_told(tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 from batchrun.errors import LeaseLost
 from batchrun.model import Accepted, Failure, RemoteOutput, State, Task
 from batchrun.rules.states import Event
-from batchrun.store.store import Requeued, Store, connect, read_counts, read_failures
+from batchrun.store.connection import connect
+from batchrun.store.reading import read_counts, read_failures
+from batchrun.store.row_verbs import Requeued
+from batchrun.store.store import Store
 from tests.support.rows import (
     IMAGE_BYTES,
     begin,

@@ -22,7 +22,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from batchrun.errors import LeaseLost
 from batchrun.model import Accepted, Failure, RemoteOutput, Row, State, Task
 from batchrun.rules.states import Event, ImpossibleMove
-from batchrun.store.store import Intent, Requeued, Store, connect
+from batchrun.store.connection import connect
+from batchrun.store.row_verbs import Intent, Requeued
+from batchrun.store.store import Store
 from tests.support.rows import IMAGE_BYTES, begin, merge, recount, saved, staged
 
 T = TypeVar("T")

@@ -23,7 +23,9 @@ from batchrun.errors import DiskError, LeaseLost, StoreDamaged, StoreError, Stor
 from batchrun.model import Accepted, Failure, Row, State, Task
 from batchrun.rules.states import Event, ImpossibleMove
 from batchrun.store import migrations
-from batchrun.store.store import Intent, Store, connect
+from batchrun.store.connection import connect
+from batchrun.store.row_verbs import Intent
+from batchrun.store.store import Store
 from tests.support.rows import (
     begin,
     claimed,

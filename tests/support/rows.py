@@ -12,9 +12,11 @@ from pathlib import Path
 
 from batchrun.model import Accepted, Counts, Failure, Output, RemoteOutput, Row, State, Task
 from batchrun.rules.states import Event
+from batchrun.store.connection import connect
 from batchrun.store.planning import Merged, Planning
+from batchrun.store.row_verbs import Intent
 from batchrun.store.staged import Staged
-from batchrun.store.store import Intent, Store, connect
+from batchrun.store.store import Store
 
 TOOL = '{"slug": "any", "run_path": "/Run/wiro/any"}'
 IMAGE_BYTES = 1000

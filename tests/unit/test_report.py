@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from batchrun.errors import UsageError
 from batchrun.manifest.job import job_for
 from batchrun.model import Counts, Failure, Problem, Row, State
+from batchrun.plan.findings import Findings
 from batchrun.plan.prices import Estimate
-from batchrun.plan.reading import Findings
 from batchrun.progress import Event, Fact, Progress
 from batchrun.report import opening
 from batchrun.report.lines import Lines, line
