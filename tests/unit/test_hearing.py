@@ -30,10 +30,12 @@ class Service:
         self.tells = tells
         self.breaks_after_s = breaks_after_s
         self.loses_ends = False
-        #: Numbers of the sockets, from 1, that are refused, that are never opened, and that tell nothing.
+        #: Numbers of the sockets, from 1, that are refused, that are never opened, that tell nothing, and
+        #: that break when something is asked on them.
         self.refused: Container[int] = ()
         self.hanging: Container[int] = ()
         self.mute: Container[int] = ()
+        self.breaking: Container[int] = ()
         #: What is told of a task, by its token and status.
         self.event: Callable[[str, str], TaskEvent] = lambda token, status: TaskEvent(token, token, status)
         #: Details show an end so long after it was told.
@@ -64,7 +66,7 @@ class Service:
         self.open += 1
         self.most_open = max(self.most_open, self.open)
         try:
-            yield Line(self, is_mute=number in self.mute)
+            yield Line(self, is_mute=number in self.mute, is_breaking=number in self.breaking)
         finally:
             self.open -= 1
 
@@ -72,16 +74,24 @@ class Service:
 class Line:
     """One socket of the service."""
 
-    def __init__(self, service: Service, *, is_mute: bool) -> None:
+    def __init__(self, service: Service, *, is_mute: bool, is_breaking: bool) -> None:
         self.service = service
         self.tells = 0 if is_mute else service.tells
+        self.is_breaking = is_breaking
+        self.is_broken = anyio.Event()
         self.asked: list[str] = []
 
     async def ask(self, token: str) -> None:
+        if self.is_breaking:
+            self.is_broken.set()
+            raise errors.ReplyLost("the connection for events broke")
         self.asked.append(token)
         self.service.asked.append(token)
 
     async def events(self) -> AsyncIterator[TaskEvent]:
+        if self.is_breaking:
+            await self.is_broken.wait()
+            return
         service, opened_at = self.service, anyio.current_time()
         told: set[tuple[str, bool]] = set()
         while anyio.current_time() - opened_at < service.breaks_after_s:
@@ -118,6 +128,7 @@ async def follow_all(service: Service, tasks: int, *, with_tokens: bool = True) 
         assert not hearing._line_of
         assert not any(line.watches for line in hearing._lines)
         group.cancel_scope.cancel()
+    assert service.open == 0
     assert len(service.lag_s) == tasks
     return notes
 
@@ -159,7 +170,7 @@ async def test_once_there_are_no_more_sockets_tasks_are_looked_at_as_if_there_ha
     assert max(service.lag_s.values()) < 5.0
 
 
-@pytest.mark.parametrize("first", ["refused", "hanging", "mute"])
+@pytest.mark.parametrize("first", ["refused", "hanging", "mute", "breaking"])
 @virtual_time
 async def test_a_first_socket_that_is_of_no_use_makes_room_for_another(first: str) -> None:
     service = Service()
