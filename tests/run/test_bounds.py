@@ -130,11 +130,13 @@ async def test_a_stuck_task_is_killed_and_asked_for_anew_when_told_so(tmp_path, 
         check_complete(sim, tmp_path / "run", 3)
 
 
+@pytest.mark.parametrize("regenerate_lost", [False, True])
 async def test_a_stuck_task_whose_kill_is_not_confirmed_is_not_asked_for_anew(
-    tmp_path, impatient, monkeypatch
+    tmp_path, impatient, monkeypatch, regenerate_lost
 ):
     monkeypatch.setattr("batchrun.dispatch.dispatcher.CANCEL_S", 0.5)
-    job = job_of(write_rows(tmp_path / "m.csv", 3), on_stuck="kill")
+    # the user's word is about tasks that the service does not know any more: this one goes on there
+    job = job_of(write_rows(tmp_path / "m.csv", 3), on_stuck="kill", regenerate_lost=regenerate_lost)
     async with Simulator(seconds=0.1, faults=["task-stuck@1", "stop-ignored"]) as sim:
         outcome = await run_job(sim, job)
         assert outcome.counts.by_state == {State.DONE: 2, State.IN_FLIGHT: 1}

@@ -386,6 +386,14 @@ async def test_a_task_that_the_service_knows_again_in_time_is_followed_on() -> N
 
 
 @virtual_time
+async def test_two_looks_with_a_long_sleep_in_between_are_no_proof_that_a_task_is_unknown() -> None:
+    looks = Looks(lambda age: None if len(looks.seen) <= 2 else DONE)
+    looks.read_late_s = {2: 10 * UNKNOWN_PATIENCE_S}  # the machine slept
+    _, verdict = await followed(looks)
+    assert verdict == Succeeded()
+
+
+@virtual_time
 async def test_a_task_that_never_moves_is_left_to_the_next_start() -> None:
     looks = Looks(after(10**6, DONE))
     task, verdict = await followed(looks)
