@@ -17,6 +17,7 @@ from batchrun.errors import FolderBusy, FolderTaken, ManifestError
 from batchrun.manifest.job import job_for, load_job
 from batchrun.model import State
 from batchrun.progress import Event, Fact, Progress
+from batchrun.rules.policy import LEAST_TRIES
 from batchrun.runner import Again, Runner
 from batchrun.simulator.server import Simulator
 from tests.support.runs import (
@@ -72,6 +73,31 @@ async def test_a_shared_local_image_is_uploaded_once_and_not_again_after_a_resta
         addresses = {task.parameters["inputImageUrl"] for task in sim.tasks}
         assert len(addresses) == 1
         check_complete(sim, tmp_path / "run", 5)
+
+
+async def test_an_upload_in_trouble_is_made_again_until_its_address_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr("batchrun.rules.policy.backoff_s", lambda attempt, **bounds: 0.0)
+    job = load_job(JOBS / "portraits.toml").with_overrides(out=tmp_path / "run")
+    kinds = ("500", "html", "reset", "broken-json")
+    async with Simulator(seconds=0.1, faults=[f"upload-{kind}*1" for kind in kinds]) as sim:
+        assert (await run_job(sim, job)).exit_code == 0
+        assert sim.requests["upload"] == len(kinds) + 1
+        check_complete(sim, tmp_path / "run", 4)
+
+
+async def test_an_image_that_the_service_does_not_take_fails_its_rows_and_buys_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("batchrun.rules.policy.REFUSAL_PATIENCE_S", 0.0)
+    monkeypatch.setattr("batchrun.rules.policy.backoff_s", lambda attempt, **bounds: 0.0)
+    job = load_job(JOBS / "portraits.toml").with_overrides(out=tmp_path / "run")
+    async with Simulator(seconds=0.1, faults=["upload-broken-json"]) as sim:
+        outcome = await run_job(sim, job)
+        assert outcome.counts.by_state == {State.FAILED: 4}
+        assert {failure.cause for _, failure, *_ in outcome.failures} == {"input image"}
+        assert sim.requests["upload"] == 4 * LEAST_TRIES
+        assert not sim.tasks
+        sim.faults = []
+        assert (await run_job(sim, job, again=Again())).exit_code == 0
+        check_complete(sim, tmp_path / "run", 4)
 
 
 async def test_the_images_show_what_was_asked_for(tmp_path):
