@@ -102,6 +102,13 @@ def test_the_larger_of_the_published_price_and_the_highest_bill_is_reserved() ->
     assert budget().ask(1, images=4, published_usd=None) == Send(D("0.04"))
 
 
+def test_a_task_of_few_images_is_not_taken_for_cheaper_than_one_that_was_billed() -> None:
+    of = budget()
+    of.bills[1].add(D("0.05"), images=5)  # a start may cost more than the images
+    assert of.ask(1, images=1, published_usd=None) == Send(D("0.05"))
+    assert of.ask(1, images=8, published_usd=None) == Send(D("0.08"))
+
+
 def test_a_higher_bill_values_what_is_reserved_anew() -> None:
     of = budget()
     fill(of, 4)

@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from batchrun import errors
-from batchrun.dispatch.hearing import MAX_SOCKETS, Hearing
+from batchrun.dispatch.hearing import MAX_SOCKETS, SHARED, Hearing
 from batchrun.dispatch.track import RELAXED_S, Tracker
 from batchrun.model import RemoteOutput, Task
 from batchrun.rules.policy import Succeeded
@@ -40,6 +40,8 @@ class Service:
         self.event: Callable[[str, str], TaskEvent] = lambda token, status: TaskEvent(token, token, status)
         #: Details show an end so long after it was told.
         self.late_s = 0.0
+        #: A socket takes so long to open.
+        self.opening_s = 0.0
         self.first_detail_at = math.inf
         self.asked: list[str] = []
         self.details = self.sockets = self.open = self.most_open = 0
@@ -63,6 +65,7 @@ class Service:
             raise errors.ServerFault("503")
         if number in self.hanging:
             await anyio.sleep_forever()
+        await anyio.sleep(self.opening_s)
         self.open += 1
         self.most_open = max(self.most_open, self.open)
         try:
@@ -103,14 +106,17 @@ class Line:
             await anyio.sleep(0.1)
 
 
-async def follow_all(service: Service, tasks: int, *, with_tokens: bool = True) -> list[str]:
-    """Follow so many tasks to their good end; returns what was said."""
+async def follow_all(
+    service: Service, tasks: int, *, with_tokens: bool = True, apart_s: float = 0.0
+) -> list[str]:
+    """Follow so many tasks, begun so far apart, to their good end; returns what was said."""
     notes: list[str] = []
     tracker = Tracker(service, rng=Random(0))
     hearing = Hearing(tracker, service, rng=Random(0), note=notes.append)
     tracker.add(lambda _: hearing)
 
     async def follow(name: str) -> None:
+        await anyio.sleep(int(name) * apart_s)
         service.begun_at[name] = anyio.current_time()
         _, verdict = await tracker.follow(task_id=name, token=name if with_tokens else "", tool=1)
         assert verdict == Succeeded()
@@ -147,6 +153,14 @@ async def test_an_end_that_is_told_is_seen_at_once_and_looks_are_few() -> None:
 
 
 @virtual_time
+async def test_more_tasks_than_a_connection_is_to_tell_of_share_another_and_leave_one_behind() -> None:
+    service = Service()
+    assert await follow_all(service, SHARED + 20, apart_s=0.05) == []
+    assert max(service.lag_s.values()) < 0.2
+    assert service.sockets == service.most_open == 2
+
+
+@virtual_time
 async def test_ends_that_are_not_told_are_seen_all_the_same() -> None:
     service = Service()
     service.loses_ends = True
@@ -174,6 +188,7 @@ async def test_once_there_are_no_more_sockets_tasks_are_looked_at_as_if_there_ha
 @virtual_time
 async def test_a_first_socket_that_is_of_no_use_makes_room_for_another(first: str) -> None:
     service = Service()
+    service.opening_s = 1.0
     setattr(service, first, {1})
     assert await follow_all(service, 30) == []
     assert max(service.lag_s.values()) < 0.2
