@@ -282,6 +282,17 @@ async def test_the_list_is_read_back_to_before_the_submit() -> None:
 
 
 @virtual_time
+async def test_a_list_too_long_to_be_read_back_to_before_the_submit_proves_no_absence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("batchrun.dispatch.doubts.MAX_PAGES", 3)
+    account = Account(*range(1, 500), known=[450])
+    async with settling(account) as doubts:
+        answer = await doubts.settle(lost(), lost_at=anyio.current_time(), busy=never)
+    assert answer == Hold("the listing does not reach back to before the submit")
+
+
+@virtual_time
 async def test_a_young_account_is_read_to_its_end() -> None:
     account = Account(known=[])
     for number in range(1, 151):

@@ -193,6 +193,7 @@ def test_what_existed_before_the_intent(doubt: Doubt, task: Task, older: bool) -
         (KNOWN, replace(MINE, model_id="8"), Match.OTHER),
         (KNOWN, replace(MINE, model_id="7"), Match.SAME),
         (KNOWN, MINE, Match.SAME),
+        (DOUBT, replace(MINE, model_id="8"), Match.SAME),  # which may be its number
         # of unknown age: it may be last week's
         (replace(DOUBT, after_task=None, intent_server_at=None), MINE, Match.UNKNOWABLE),
         (replace(DOUBT, after_task=None), replace(MINE, created_at=None), Match.UNKNOWABLE),

@@ -248,6 +248,14 @@ async def test_an_end_without_images_is_confirmed_by_a_look() -> None:
 
 
 @virtual_time
+async def test_one_task_far_down_the_list_is_looked_at_by_itself() -> None:
+    service = Service()
+    service.slow, service.slower_s = 1, 20.0
+    assert set(await follow_all(service, 800)) == {Succeeded()}
+    assert service.lag_s["1"] < 5.0
+
+
+@virtual_time
 async def test_tasks_that_were_cancelled_at_the_service_are_seen_so_soon() -> None:
     service = Service()
     service.cancelled = True
