@@ -237,6 +237,12 @@ async def test_a_missing_tool_fails_its_rows_once_confirmed_and_the_others_go_on
         assert {failure.cause for _, failure, *_ in outcome.failures} == {"tool not found"}
 
 
+async def test_a_tool_that_is_missing_in_one_answer_alone_is_not(tmp_path):
+    async with Simulator(seconds=0.1, faults=["run-notfound@1"]) as sim:
+        assert (await run_job(sim, job_of(write_rows(tmp_path / "m.csv", 1)))).exit_code == 0
+        check_complete(sim, tmp_path / "run", 1)
+
+
 async def test_refused_credentials_stop_the_run_with_every_row_intact(tmp_path):
     async with Simulator(seconds=0.1, faults=["run-401"]) as sim:
         outcome = await run_job(sim, job_of(write_rows(tmp_path / "m.csv", 4)))

@@ -270,6 +270,24 @@ async def test_kept_columns_come_back_with_the_results(tmp_path):
     }
 
 
+async def test_files_beside_the_images_grow_and_are_written_anew_only_where_lines_are_no_longer_true(
+    tmp_path,
+):
+    manifest = tmp_path / "m.jsonl"
+    rows = [{"id": f"r{n}", "prompt": f"{n} cats", "mood": mood} for n, mood in enumerate((5, 6, "glad"))]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = job_of(manifest, extra="keep")
+    path = tmp_path / "run" / "images" / "metadata.jsonl"
+    files: list[int] = []
+    async with Simulator(seconds=0.1) as sim:
+        for limit in (1, 2, 3):
+            await run_job(sim, job.with_overrides(limit=limit))
+            files.append(path.stat().st_ino)
+        check_complete(sim, tmp_path / "run", 3)
+    assert files[0] == files[1] != files[2]
+    assert [record["extra"]["mood"] for record in lines_of(path)] == ["5", "6", "glad"]
+
+
 async def test_three_of_four_saved_images_are_kept_and_only_the_fourth_is_fetched(tmp_path):
     job = job_of(write_rows(tmp_path / "m.csv", 1), set={"samples": 4}, downloads=1)
     async with Simulator(seconds=0.1) as sim:
