@@ -282,6 +282,20 @@ async def test_a_list_that_echoes_nothing_settles_nothing(tmp_path: Path) -> Non
         check_complete(sim, run, 6)
 
 
+async def test_a_list_that_shows_nothing_once_is_no_reason_to_buy_what_nothing_is_known_of(
+    tmp_path: Path,
+) -> None:
+    job, run = of_run(tmp_path, 2)
+    async with Simulator(seconds=0.1) as sim:
+        await run_job(sim, job)
+        only_images(run)
+        repaired(run)
+        sim.faults = ["list-empty@1"]
+        assert (await run_job(sim, job)).exit_code == 0
+        assert len(sim.tasks) == 2
+        check_complete(sim, run, 2)
+
+
 # --- images --------------------------------------------------------------------------------------------
 
 

@@ -43,6 +43,8 @@ PIXEL = Entry("cp-pixel", D("0.008"), extra_usd=D("0.004"), per_input_usd=D("0.0
         ([PIXEL], {"width": 1025, "height": 1024}, "0.038"),  # a further million is begun
         ([PIXEL], {"width": "4096", "height": "1024"}, "0.062"),
         ([PIXEL], {"width": ""}, None),
+        ([PIXEL], {"width": 1024}, None),
+        ([PIXEL], {"width": "auto", "height": 1024}, None),
         ([Entry("cps", D(1))], {}, None),
         ([Entry("cpt", D(1))], {}, None),
         ([], {}, None),

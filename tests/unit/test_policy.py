@@ -40,6 +40,7 @@ from batchrun.rules.policy import (
     after_download,
     after_submit,
     after_upload,
+    are_gone,
     backoff_s,
     charged,
     judge,
@@ -333,6 +334,20 @@ def test_a_server_that_asks_to_wait_is_waited_for_however_long_it_has_been() -> 
     decision = after_download(error, troubles=50, elapsed_s=10**6, rng=Random(0))
     assert isinstance(decision, Refetch)
     assert decision.after_s >= 90.0
+
+
+@pytest.mark.parametrize(
+    ("missing_for_s", "looks", "gone"),
+    [
+        (OUTPUTS_PATIENCE_S, LEAST_TRIES, True),
+        (OUTPUTS_PATIENCE_S - 1, 10**6, False),
+        (10.0**6, LEAST_TRIES - 1, False),
+    ],
+)
+def test_images_are_gone_once_enough_looks_over_some_time_do_not_show_them(
+    missing_for_s: float, looks: int, gone: bool
+) -> None:
+    assert are_gone(missing_for_s=missing_for_s, looks=looks) is gone
 
 
 def test_backoff_grows_to_its_cap_and_keeps_its_jitter() -> None:

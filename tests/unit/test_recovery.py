@@ -264,6 +264,7 @@ def test_a_task_without_a_number_tells_by_its_time_how_far_a_listing_reaches() -
     nameless = replace(MINE, id="t-9", created_at=200)
     assert not listed(newer).reaches(dated)
     assert listed(newer, nameless).reaches(dated)
+    assert listed(replace(nameless, created_at=4900), nameless).reaches(dated)
 
 
 @pytest.mark.parametrize(

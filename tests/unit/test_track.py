@@ -242,6 +242,9 @@ async def test_a_look_that_is_asked_for_is_not_put_off_by_a_planned_one() -> Non
         while len(looks.seen) == count or looks.running:
             await anyio.sleep(0.01)  # the next planned one is far off now
         watch, count = tracker.watches["1"], len(looks.seen)
+        tracker.look_as_planned(watch)
+        await anyio.sleep(0.01)
+        assert len(looks.seen) == count
         tracker.look_at_once(watch)
         tracker.look_as_planned(watch)  # whoever covered it is gone
         await anyio.sleep(0.01)
