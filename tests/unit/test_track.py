@@ -82,6 +82,17 @@ class Looks:
         return [after - before for before, after in pairwise(ages)]
 
 
+class All:
+    """Covers every task and tells nothing."""
+
+    def covers(self, watch: Watch) -> bool:
+        return True
+
+    def begin(self, watch: Watch) -> None: ...
+    def end(self, watch: Watch) -> None: ...
+    async def run(self) -> None: ...
+
+
 @asynccontextmanager
 async def tracking(
     looks: Looks, *, budget_per_s: float = BUDGET_PER_S, cover: Cover | None = None
@@ -178,16 +189,20 @@ async def test_looks_at_many_tasks_stay_within_the_budget() -> None:
         assert number <= 10 * (age + 1)
 
 
+@pytest.mark.parametrize("cover", [None, All()], ids=["looked at", "covered"])
 @virtual_time
-async def test_a_task_said_to_have_ended_during_a_look_is_looked_at_again_at_once() -> None:
-    looks = Looks(after(30, DONE))
-    looks.takes_s = 2.0  # the answer tells how the task stood before
-    looks.story = lambda age: DONE if age > 34 else RUNNING
-    async with tracking(looks) as tracker:
+async def test_a_task_said_to_have_ended_during_a_look_is_looked_at_again_at_once(
+    cover: Cover | None,
+) -> None:
+    looks = Looks(after(10**6, DONE))
+    looks.takes_s = 2.0
+    async with tracking(looks, cover=cover) as tracker:
 
         async def told() -> None:
             while not (looks.running and looks.age > 30):
                 await anyio.sleep(0.01)
+            # the answer tells how the task stood before
+            looks.story = after(looks.seen[-1][1] + looks.takes_s + 0.1, DONE)
             for _ in range(3):
                 tracker.look_at_once(tracker.watches["1"])
                 await anyio.sleep(0.1)
@@ -253,16 +268,6 @@ async def test_a_look_that_is_asked_for_is_not_put_off_by_a_planned_one() -> Non
 
 @virtual_time
 async def test_a_task_that_is_covered_is_looked_at_seldom_unless_that_is_asked_for() -> None:
-    class All:
-        """Something that covers every task and tells nothing."""
-
-        def covers(self, watch: Watch) -> bool:
-            return True
-
-        def begin(self, watch: Watch) -> None: ...
-        def end(self, watch: Watch) -> None: ...
-        async def run(self) -> None: ...
-
     looks = Looks(after(10**6, DONE))
     async with tracking(looks, cover=All()) as tracker, anyio.create_task_group() as group:
         group.start_soon(lambda: tracker.follow(task_id="1", token="t", tool=1))
@@ -429,11 +434,19 @@ async def test_statuses_going_backwards_or_unknown_mean_only_that_it_runs() -> N
     assert verdict == Succeeded()
 
 
+@pytest.mark.parametrize("cover", [None, All()], ids=["looked at", "covered"])
 @virtual_time
-async def test_outputs_that_come_a_look_later_are_waited_for_briefly() -> None:
+async def test_outputs_that_come_a_look_later_are_waited_for_briefly(cover: Cover | None) -> None:
     looks = Looks(after(12, DONE, replace(DONE, outputs=())))
-    _, verdict = await followed(looks)
-    assert verdict == Succeeded()
+    async with tracking(looks, cover=cover) as tracker, anyio.create_task_group() as group:
+
+        async def follow() -> None:
+            _, verdict = await tracker.follow(task_id="1", token="t", tool=1)
+            assert verdict == Succeeded()
+
+        group.start_soon(follow)
+        await anyio.sleep(10)
+        tracker.look_at_once(tracker.watches["1"])  # somebody says that it has ended
     assert looks.age < 14
 
 
