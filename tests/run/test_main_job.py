@@ -20,6 +20,7 @@ from batchrun.progress import Event, Fact, Progress
 from batchrun.rules.policy import LEAST_TRIES
 from batchrun.runner import Again, Runner
 from batchrun.simulator.server import Simulator
+from tests.support.images import draw
 from tests.support.runs import (
     Facts,
     abort_when,
@@ -97,6 +98,21 @@ async def test_an_image_that_the_service_does_not_take_fails_its_rows_and_buys_n
         assert not sim.tasks
         sim.faults = []
         assert (await run_job(sim, job, again=Again())).exit_code == 0
+        check_complete(sim, tmp_path / "run", 4)
+
+
+async def test_an_image_changed_after_it_was_planned_is_not_sent_and_the_next_start_plans_the_new_one(
+    tmp_path,
+):
+    shutil.copytree(JOBS, tmp_path / "jobs")
+    job = load_job(tmp_path / "jobs" / "portraits.toml").with_overrides(out=tmp_path / "run")
+    image = tmp_path / "jobs" / "images" / "portrait.png"
+    async with Simulator(seconds=0.1) as sim:
+        runner = Runner(job, credentials_of(sim), planned=lambda _: image.write_bytes(draw("PNG")))
+        assert (await runner.run()).counts.by_state == {State.FAILED: 4}
+        assert not sim.uploads
+        assert not sim.tasks
+        assert (await run_job(sim, job)).exit_code == 0
         check_complete(sim, tmp_path / "run", 4)
 
 

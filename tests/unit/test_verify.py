@@ -88,6 +88,8 @@ def test_any_changed_byte_of_a_png_is_refused():
         (((b"IHDR", struct.pack(">IIBBBBB", 0, 1, 8, 0, 0, 0, 0)), DATA, END), "structure"),  # no width
         (((b"IHDR", struct.pack(">IIBBBBB", 1, 1, 3, 0, 0, 0, 0)), DATA, END), "structure"),  # depth 3
         (((b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 3, 0, 0, 0)), DATA, END), "structure"),  # no palette
+        (((b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 2)), DATA, END), "structure"),  # no such order
+        (((b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 1, 0, 0)), DATA, END), "structure"),  # nor packing
     ],
 )
 def test_the_chunks_of_a_png_must_make_sense(chunks, reason):
@@ -130,6 +132,8 @@ def test_a_jpeg_may_fill_the_space_before_a_marker():
             data[: data.index(b"\xff\xc0")] + data[data.index(b"\xff\xda") :]
         ),  # a scan without a frame
         lambda data: data[:-40] + b"\xff\x42" + data[-38:],  # a reserved marker inside the scan
+        # a frame header with one component more than there is room for
+        lambda data: data[: data.index(b"\xff\xc0") + 9] + b"\4" + data[data.index(b"\xff\xc0") + 10 :],
         # a scan header with one component more than there is room for
         lambda data: data[: data.index(b"\xff\xda") + 4] + b"\4" + data[data.index(b"\xff\xda") + 5 :],
     ],
