@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from decimal import Decimal
 
 import anyio
@@ -11,6 +12,7 @@ from batchrun.model import State
 from batchrun.progress import Fact
 from batchrun.runner import Again
 from batchrun.simulator.server import Simulator
+from batchrun.store.store import Store
 from tests.support.runs import Facts, check_complete, job_of, run_job, write_rows
 
 ROWS = 6
@@ -274,6 +276,8 @@ async def test_the_service_queues_or_refuses_and_never_more_than_the_limit_is_ac
         assert outcome.exit_code == 0
         assert 0 < sim.max_active <= 3
         check_complete(sim, tmp_path / "run", 20)
+    with closing(Store.open(tmp_path / "run" / "state.sqlite3")) as store:
+        assert await store.account_limit() == 3  # the next start begins with it
 
 
 @pytest.mark.parametrize("hours", [-9, 9])
