@@ -365,6 +365,22 @@ async def test_a_list_that_fails_now_and_then_still_settles() -> None:
 
 
 @virtual_time
+async def test_a_list_that_fails_for_a_moment_leaves_no_old_doubt_to_the_user() -> None:
+    account = Account(9, 10)
+    task = account.add(11, prompt="a cat")
+    account.trouble = lambda: errors.ServerFault("502")
+    async with settling(account) as doubts, anyio.create_task_group() as group:
+
+        async def mend() -> None:
+            await anyio.sleep(10)
+            account.trouble = None
+
+        group.start_soon(mend)
+        long_ago = anyio.current_time() - 10 * LISTING_PATIENCE_S
+        assert await doubts.settle(lost(), lost_at=long_ago, busy=never) == Adopt(task)
+
+
+@virtual_time
 async def test_a_service_without_a_list_is_not_waited_for() -> None:
     account = Account()
     account.trouble = lambda: errors.NotFound("no such endpoint")

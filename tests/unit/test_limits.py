@@ -396,6 +396,21 @@ async def test_one_row_s_hold_is_taken_and_given_once() -> None:
     assert slots.in_use == 0
 
 
+@virtual_time
+async def test_not_even_a_try_goes_beyond_what_was_asked_for() -> None:
+    slots = slots_of(fixed=2)
+    await slots.take()
+    await slots.take()
+    slots.refused(None)
+    slots.give()
+    await slots.take()  # a try
+    slots.accepted()
+    assert slots.limit == slots.in_use == 2
+    with anyio.move_on_after(1000):
+        await slots.take()
+    assert slots.in_use == 2
+
+
 # --- room -----------------------------------------------------------------------------------------------
 
 
