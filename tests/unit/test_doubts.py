@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import anyio
 import pytest
@@ -104,6 +105,16 @@ async def test_with_a_known_task_in_the_list_absence_is_certain_after_the_grace(
         begun_at = anyio.current_time()
         assert await doubts.settle(lost(), lost_at=begun_at, busy=never) == Absent()
         assert GRACE_S <= anyio.current_time() - begun_at <= GRACE_S + BETWEEN_S + 1
+
+
+@virtual_time
+async def test_a_task_of_another_tool_that_was_asked_for_the_same_is_not_adopted() -> None:
+    account = Account(9, 10, known=[9])
+    account.tasks["9"] = replace(account.tasks["9"], model_id="7")  # which tells the tool's number there
+    account.tasks["11"] = replace(account.add(11, prompt="a cat"), model_id="8")
+    async with settling(account) as doubts:
+        doubt = replace(lost(), tool=1)
+        assert await doubts.settle(doubt, lost_at=anyio.current_time(), busy=never) == Absent()
 
 
 @virtual_time
