@@ -48,6 +48,15 @@ async def test_a_run_never_passes_its_cap_and_goes_on_when_it_is_raised(tmp_path
         assert sim.billed_usd == PRICE * 20
 
 
+async def test_a_task_whose_published_price_is_above_the_cap_is_not_bought(tmp_path):
+    job = job_of(write_rows(tmp_path / "m.csv", 1), tool=PRICED, max_cost=PRICE / 2)
+    async with Simulator(seconds=0.1) as sim:
+        outcome = await run_job(sim, job)
+        assert outcome.exit_code == 3
+        assert outcome.counts.by_state == {State.PLANNED: 1}
+        assert not sim.tasks
+
+
 async def test_tasks_in_flight_from_an_earlier_start_are_reserved_for(tmp_path):
     job = job_of(write_rows(tmp_path / "m.csv", 12), tool=PRICED, max_cost=PRICE * 5, concurrency=4)
     async with Simulator(seconds=1.0) as sim:
