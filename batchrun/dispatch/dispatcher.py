@@ -26,7 +26,7 @@ from batchrun.dispatch.saving import Saver, Unsaved
 from batchrun.dispatch.stopping import StopSign
 from batchrun.dispatch.submit import Submitter, Submitting
 from batchrun.dispatch.sweep import FROM, Lists, Sweeps
-from batchrun.dispatch.track import BUDGET_PER_S, Ended, Left, Looks, Tracker
+from batchrun.dispatch.track import BUDGET_PER_S, UNKNOWN_TASK, Ended, Left, Looks, Tracker
 from batchrun.dispatch.uploads import Uploading, Uploads
 from batchrun.model import Attempt, Failure, Row, State, Task
 from batchrun.progress import Fact, Progress
@@ -370,7 +370,7 @@ class Dispatcher:
             self._progress.announce(Fact.NOTE, row, message="the task does not come to an end: it is killed")
             ended = await self._cancel_task(row)  # submitted again only once it is seen ended
         task, verdict = ended
-        if task is None and self._limits.regenerate_lost:  # unknown to the service: by the user's word
+        if verdict == Left(UNKNOWN_TASK) and self._limits.regenerate_lost:  # by the user's word
             task, verdict = Task(_open_attempt(row).task_id or ""), PaidButEmpty(_UNKNOWN)
         if isinstance(verdict, Left) or task is None:
             self._leave(row, verdict.reason if isinstance(verdict, Left) else "no word of the task")

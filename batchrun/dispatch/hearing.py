@@ -129,12 +129,9 @@ class Hearing:
     async def run(self) -> None:
         """Hold connections, until cancelled."""
         async with anyio.create_task_group() as self._group:
-            for watch in list(self._tracker.watches.values()):
-                if watch.token and watch not in self._line_of:
-                    self._place(watch)
             while True:
-                await anyio.sleep(CHECK_S)
                 self._check(anyio.current_time())
+                await anyio.sleep(CHECK_S)
 
     # --- who is asked for where --------------------------------------------------------------------------
 

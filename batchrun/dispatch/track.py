@@ -23,6 +23,7 @@ from batchrun.model import Task
 from batchrun.rules.pace import BUDGET_PER_S as BUDGET_PER_S
 from batchrun.rules.pace import QUEUED, Budget, Durations, advised_s, stuck_after_s
 from batchrun.rules.policy import (
+    LEAST_TRIES,
     MAX_ASKED_S,
     UNKNOWN_PATIENCE_S,
     Running,
@@ -112,7 +113,9 @@ class Watch:
     failure: Exception | None = None
     status: str = ""
     status_since: float = 0.0
+    #: Since when, and in how many looks in a row, the service did not know it.
     unknown_since: float | None = None
+    unknown_looks: int = 0
     troubles: int = 0
     looks: int = 0
     #: The one entry of the agenda that counts.
@@ -329,7 +332,7 @@ class Tracker:
     def _seen(self, watch: Watch, task: Task, *, asked_at: float, is_last_word: bool = True) -> float:
         """Take in what a look showed; returns the seconds until the next one."""
         now = anyio.current_time()
-        watch.troubles, watch.unknown_since = 0, None
+        watch.troubles, watch.unknown_since, watch.unknown_looks = 0, None, 0
         last_seen_at, watch.seen_at = watch.seen_at, asked_at
         if task.status != watch.status:
             watch.status, watch.status_since = task.status, now
@@ -372,7 +375,8 @@ class Tracker:
     def _unknown(self, watch: Watch) -> float:
         now = anyio.current_time()
         watch.unknown_since = watch.unknown_since if watch.unknown_since is not None else now
-        if now - watch.unknown_since > UNKNOWN_PATIENCE_S:
+        watch.unknown_looks += 1
+        if now - watch.unknown_since > UNKNOWN_PATIENCE_S and watch.unknown_looks >= LEAST_TRIES:
             self._end(watch, None, Left(UNKNOWN_TASK))
         return min(5.0, 0.5 + (now - watch.unknown_since) / 2)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -104,6 +107,16 @@ def middle(run: Path) -> None:
         for page in (8, 15, 16):
             file.seek((page - 1) * PAGE + 100)
             file.write(Random(page).randbytes(PAGE - 200))
+
+
+def index(run: Path) -> None:
+    """Garbage in an index alone: all rows can be read."""
+    with closing(sqlite3.connect(run / "state.sqlite3")) as state:
+        query = "SELECT rootpage FROM sqlite_master WHERE type = 'index' AND tbl_name = 'rows'"
+        (page,) = state.execute(query).fetchone()
+    with (run / "state.sqlite3").open("r+b") as file:
+        file.seek((page - 1) * PAGE)
+        file.write(Random(1).randbytes(PAGE))
 
 
 def behind(run: Path) -> None:
@@ -229,6 +242,25 @@ async def test_a_failed_task_is_not_taken_for_one_that_was_paid_or_runs(tmp_path
         assert len(images_of(run)) == 4
 
 
+async def test_a_failed_task_that_an_old_state_follows_is_given_up_for_the_one_bought_after_it(
+    tmp_path: Path,
+) -> None:
+    job, run = of_run(tmp_path, 1)
+    state, old = run / "state.sqlite3", tmp_path / "old"
+    async with Simulator(seconds=0.2, faults=["task-fails@1"]) as sim:
+        await part(sim, job, done=1, fact=Fact.IN_FLIGHT)
+        old.write_bytes(state.read_bytes())
+        assert (await run_job(sim, job)).exit_code == 0
+        only_images(run)
+        shutil.rmtree(run / "images")
+        state.write_bytes(old.read_bytes())
+        index(run)
+        repaired(run)
+        assert (await run_job(sim, job)).exit_code == 0
+        assert len(sim.tasks) == 2
+        check_complete(sim, run, 1)
+
+
 async def test_a_row_that_asks_for_something_else_since_is_told_and_not_bought(tmp_path: Path) -> None:
     job, run = of_run(tmp_path, 4)
     async with Simulator(seconds=0.1) as sim:
@@ -280,6 +312,20 @@ async def test_a_list_that_echoes_nothing_settles_nothing(tmp_path: Path) -> Non
         assert (await run_job(sim, job)).exit_code == 0
         assert len(sim.tasks) == 6
         check_complete(sim, run, 6)
+
+
+async def test_a_list_that_shows_nothing_once_is_no_reason_to_buy_what_nothing_is_known_of(
+    tmp_path: Path,
+) -> None:
+    job, run = of_run(tmp_path, 2)
+    async with Simulator(seconds=0.1) as sim:
+        await run_job(sim, job)
+        only_images(run)
+        repaired(run)
+        sim.faults = ["list-empty@1"]
+        assert (await run_job(sim, job)).exit_code == 0
+        assert len(sim.tasks) == 2
+        check_complete(sim, run, 2)
 
 
 # --- images --------------------------------------------------------------------------------------------

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import sqlite3
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 
 import anyio
 import pytest
 
+from batchrun.errors import LeaseLost
 from batchrun.model import State
 from batchrun.progress import Event, Fact, Progress
 from batchrun.runner import Again, Runner
@@ -154,8 +157,30 @@ async def test_nothing_is_submitted_once_the_run_is_told_to_stop(tmp_path, fact)
         runner = Runner(job, credentials_of(sim), progress=Progress(facts))
 
         stop_when(runner, lambda event: facts.count(Fact.INTENT) >= 8 and event.fact is fact)
-        assert (await runner.run()).exit_code == 3
+        outcome = await runner.run()
+        assert outcome.exit_code == 3
         assert len(sim.tasks) == facts.count(Fact.INTENT) == 8
+        # what was about to be sent was certainly not: the next start need not find out about it
+        assert State.SUBMITTING not in outcome.counts.by_state
+
+
+async def test_a_run_that_another_process_has_taken_buys_nothing_more_and_ends(tmp_path):
+    job = job_of(write_rows(tmp_path / "m.csv", 4))
+    async with Simulator(seconds=0.1, faults=["run-429*4"]) as sim:
+        runner = Runner(job, credentials_of(sim))
+
+        def lose(event: Event) -> None:
+            if event.fact is Fact.PAUSED:  # one row will try, the others wait for what comes of it
+                with closing(sqlite3.connect(tmp_path / "run" / "state.sqlite3")) as state, state:
+                    state.execute("UPDATE leases SET ended_at = 1")
+                    state.execute("UPDATE rows SET lease = NULL")
+
+        runner.progress.listen(lose)
+        with anyio.fail_after(60), suppress(LeaseLost):
+            await runner.run()
+        assert not sim.tasks
+        assert (await run_job(sim, job)).exit_code == 0
+        check_complete(sim, tmp_path / "run", 4)
 
 
 async def test_a_cancelled_task_whose_answer_was_lost_is_seen_cancelled(tmp_path):

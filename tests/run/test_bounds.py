@@ -48,6 +48,15 @@ async def test_a_run_never_passes_its_cap_and_goes_on_when_it_is_raised(tmp_path
         assert sim.billed_usd == PRICE * 20
 
 
+async def test_a_task_whose_published_price_is_above_the_cap_is_not_bought(tmp_path):
+    job = job_of(write_rows(tmp_path / "m.csv", 1), tool=PRICED, max_cost=PRICE / 2)
+    async with Simulator(seconds=0.1) as sim:
+        outcome = await run_job(sim, job)
+        assert outcome.exit_code == 3
+        assert outcome.counts.by_state == {State.PLANNED: 1}
+        assert not sim.tasks
+
+
 async def test_tasks_in_flight_from_an_earlier_start_are_reserved_for(tmp_path):
     job = job_of(write_rows(tmp_path / "m.csv", 12), tool=PRICED, max_cost=PRICE * 5, concurrency=4)
     async with Simulator(seconds=1.0) as sim:
@@ -130,11 +139,13 @@ async def test_a_stuck_task_is_killed_and_asked_for_anew_when_told_so(tmp_path, 
         check_complete(sim, tmp_path / "run", 3)
 
 
+@pytest.mark.parametrize("regenerate_lost", [False, True])
 async def test_a_stuck_task_whose_kill_is_not_confirmed_is_not_asked_for_anew(
-    tmp_path, impatient, monkeypatch
+    tmp_path, impatient, monkeypatch, regenerate_lost
 ):
     monkeypatch.setattr("batchrun.dispatch.dispatcher.CANCEL_S", 0.5)
-    job = job_of(write_rows(tmp_path / "m.csv", 3), on_stuck="kill")
+    # the user's word is about tasks that the service does not know any more: this one goes on there
+    job = job_of(write_rows(tmp_path / "m.csv", 3), on_stuck="kill", regenerate_lost=regenerate_lost)
     async with Simulator(seconds=0.1, faults=["task-stuck@1", "stop-ignored"]) as sim:
         outcome = await run_job(sim, job)
         assert outcome.counts.by_state == {State.DONE: 2, State.IN_FLIGHT: 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from decimal import Decimal
 
 import anyio
@@ -11,6 +12,7 @@ from batchrun.model import State
 from batchrun.progress import Fact
 from batchrun.runner import Again
 from batchrun.simulator.server import Simulator
+from batchrun.store.store import Store
 from tests.support.runs import Facts, check_complete, job_of, run_job, write_rows
 
 ROWS = 6
@@ -237,6 +239,12 @@ async def test_a_missing_tool_fails_its_rows_once_confirmed_and_the_others_go_on
         assert {failure.cause for _, failure, *_ in outcome.failures} == {"tool not found"}
 
 
+async def test_a_tool_that_is_missing_in_one_answer_alone_is_not(tmp_path):
+    async with Simulator(seconds=0.1, faults=["run-notfound@1"]) as sim:
+        assert (await run_job(sim, job_of(write_rows(tmp_path / "m.csv", 1)))).exit_code == 0
+        check_complete(sim, tmp_path / "run", 1)
+
+
 async def test_refused_credentials_stop_the_run_with_every_row_intact(tmp_path):
     async with Simulator(seconds=0.1, faults=["run-401"]) as sim:
         outcome = await run_job(sim, job_of(write_rows(tmp_path / "m.csv", 4)))
@@ -268,6 +276,8 @@ async def test_the_service_queues_or_refuses_and_never_more_than_the_limit_is_ac
         assert outcome.exit_code == 0
         assert 0 < sim.max_active <= 3
         check_complete(sim, tmp_path / "run", 20)
+    with closing(Store.open(tmp_path / "run" / "state.sqlite3")) as store:
+        assert await store.account_limit() == 3  # the next start begins with it
 
 
 @pytest.mark.parametrize("hours", [-9, 9])

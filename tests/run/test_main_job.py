@@ -17,8 +17,10 @@ from batchrun.errors import FolderBusy, FolderTaken, ManifestError
 from batchrun.manifest.job import job_for, load_job
 from batchrun.model import State
 from batchrun.progress import Event, Fact, Progress
+from batchrun.rules.policy import LEAST_TRIES
 from batchrun.runner import Again, Runner
 from batchrun.simulator.server import Simulator
+from tests.support.images import draw
 from tests.support.runs import (
     Facts,
     abort_when,
@@ -72,6 +74,46 @@ async def test_a_shared_local_image_is_uploaded_once_and_not_again_after_a_resta
         addresses = {task.parameters["inputImageUrl"] for task in sim.tasks}
         assert len(addresses) == 1
         check_complete(sim, tmp_path / "run", 5)
+
+
+async def test_an_upload_in_trouble_is_made_again_until_its_address_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr("batchrun.rules.policy.backoff_s", lambda attempt, **bounds: 0.0)
+    job = load_job(JOBS / "portraits.toml").with_overrides(out=tmp_path / "run")
+    kinds = ("500", "html", "reset", "broken-json")
+    async with Simulator(seconds=0.1, faults=[f"upload-{kind}*1" for kind in kinds]) as sim:
+        assert (await run_job(sim, job)).exit_code == 0
+        assert sim.requests["upload"] == len(kinds) + 1
+        check_complete(sim, tmp_path / "run", 4)
+
+
+async def test_an_image_that_the_service_does_not_take_fails_its_rows_and_buys_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("batchrun.rules.policy.REFUSAL_PATIENCE_S", 0.0)
+    monkeypatch.setattr("batchrun.rules.policy.backoff_s", lambda attempt, **bounds: 0.0)
+    job = load_job(JOBS / "portraits.toml").with_overrides(out=tmp_path / "run")
+    async with Simulator(seconds=0.1, faults=["upload-broken-json"]) as sim:
+        outcome = await run_job(sim, job)
+        assert outcome.counts.by_state == {State.FAILED: 4}
+        assert {failure.cause for _, failure, *_ in outcome.failures} == {"input image"}
+        assert sim.requests["upload"] == 4 * LEAST_TRIES
+        assert not sim.tasks
+        sim.faults = []
+        assert (await run_job(sim, job, again=Again())).exit_code == 0
+        check_complete(sim, tmp_path / "run", 4)
+
+
+async def test_an_image_changed_after_it_was_planned_is_not_sent_and_the_next_start_plans_the_new_one(
+    tmp_path,
+):
+    shutil.copytree(JOBS, tmp_path / "jobs")
+    job = load_job(tmp_path / "jobs" / "portraits.toml").with_overrides(out=tmp_path / "run")
+    image = tmp_path / "jobs" / "images" / "portrait.png"
+    async with Simulator(seconds=0.1) as sim:
+        runner = Runner(job, credentials_of(sim), planned=lambda _: image.write_bytes(draw("PNG")))
+        assert (await runner.run()).counts.by_state == {State.FAILED: 4}
+        assert not sim.uploads
+        assert not sim.tasks
+        assert (await run_job(sim, job)).exit_code == 0
+        check_complete(sim, tmp_path / "run", 4)
 
 
 async def test_the_images_show_what_was_asked_for(tmp_path):
@@ -242,6 +284,24 @@ async def test_kept_columns_come_back_with_the_results(tmp_path):
     assert {record["prompt"]: record["extra"] for record in records} == {
         row["prompt"]: {"tag": "counting", "boxes": row["boxes"], "score": 0.25} for row in rows
     }
+
+
+async def test_files_beside_the_images_grow_and_are_written_anew_only_where_lines_are_no_longer_true(
+    tmp_path,
+):
+    manifest = tmp_path / "m.jsonl"
+    rows = [{"id": f"r{n}", "prompt": f"{n} cats", "mood": mood} for n, mood in enumerate((5, 6, "glad"))]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = job_of(manifest, extra="keep")
+    path = tmp_path / "run" / "images" / "metadata.jsonl"
+    files: list[int] = []
+    async with Simulator(seconds=0.1) as sim:
+        for limit in (1, 2, 3):
+            await run_job(sim, job.with_overrides(limit=limit))
+            files.append(path.stat().st_ino)
+        check_complete(sim, tmp_path / "run", 3)
+    assert files[0] == files[1] != files[2]
+    assert [record["extra"]["mood"] for record in lines_of(path)] == ["5", "6", "glad"]
 
 
 async def test_three_of_four_saved_images_are_kept_and_only_the_fourth_is_fetched(tmp_path):

@@ -43,6 +43,8 @@ PIXEL = Entry("cp-pixel", D("0.008"), extra_usd=D("0.004"), per_input_usd=D("0.0
         ([PIXEL], {"width": 1025, "height": 1024}, "0.038"),  # a further million is begun
         ([PIXEL], {"width": "4096", "height": "1024"}, "0.062"),
         ([PIXEL], {"width": ""}, None),
+        ([PIXEL], {"width": 1024}, None),
+        ([PIXEL], {"width": "auto", "height": 1024}, None),
         ([Entry("cps", D(1))], {}, None),
         ([Entry("cpt", D(1))], {}, None),
         ([], {}, None),
@@ -100,6 +102,13 @@ def test_the_larger_of_the_published_price_and_the_highest_bill_is_reserved() ->
     assert budget().ask(1, images=1, published_usd=D("0.03")) == Send(D("0.03"))
     assert budget().ask(1, images=1, published_usd=D("0.003")) == Send(D("0.01"))
     assert budget().ask(1, images=4, published_usd=None) == Send(D("0.04"))
+
+
+def test_a_task_of_few_images_is_not_taken_for_cheaper_than_one_that_was_billed() -> None:
+    of = budget()
+    of.bills[1].add(D("0.05"), images=5)  # a start may cost more than the images
+    assert of.ask(1, images=1, published_usd=None) == Send(D("0.05"))
+    assert of.ask(1, images=8, published_usd=None) == Send(D("0.08"))
 
 
 def test_a_higher_bill_values_what_is_reserved_anew() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import anyio
 import pytest
@@ -104,6 +105,16 @@ async def test_with_a_known_task_in_the_list_absence_is_certain_after_the_grace(
         begun_at = anyio.current_time()
         assert await doubts.settle(lost(), lost_at=begun_at, busy=never) == Absent()
         assert GRACE_S <= anyio.current_time() - begun_at <= GRACE_S + BETWEEN_S + 1
+
+
+@virtual_time
+async def test_a_task_of_another_tool_that_was_asked_for_the_same_is_not_adopted() -> None:
+    account = Account(9, 10, known=[9])
+    account.tasks["9"] = replace(account.tasks["9"], model_id="7")  # which tells the tool's number there
+    account.tasks["11"] = replace(account.add(11, prompt="a cat"), model_id="8")
+    async with settling(account) as doubts:
+        doubt = replace(lost(), tool=1)
+        assert await doubts.settle(doubt, lost_at=anyio.current_time(), busy=never) == Absent()
 
 
 @virtual_time
@@ -282,6 +293,17 @@ async def test_the_list_is_read_back_to_before_the_submit() -> None:
 
 
 @virtual_time
+async def test_a_list_too_long_to_be_read_back_to_before_the_submit_proves_no_absence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("batchrun.dispatch.doubts.MAX_PAGES", 3)
+    account = Account(*range(1, 500), known=[450])
+    async with settling(account) as doubts:
+        answer = await doubts.settle(lost(), lost_at=anyio.current_time(), busy=never)
+    assert answer == Hold("the listing does not reach back to before the submit")
+
+
+@virtual_time
 async def test_a_young_account_is_read_to_its_end() -> None:
     account = Account(known=[])
     for number in range(1, 151):
@@ -351,6 +373,22 @@ async def test_a_list_that_fails_now_and_then_still_settles() -> None:
         group.start_soon(flicker)
         assert await doubts.settle(lost(), lost_at=anyio.current_time(), busy=never) == Absent()
         group.cancel_scope.cancel()
+
+
+@virtual_time
+async def test_a_list_that_fails_for_a_moment_leaves_no_old_doubt_to_the_user() -> None:
+    account = Account(9, 10)
+    task = account.add(11, prompt="a cat")
+    account.trouble = lambda: errors.ServerFault("502")
+    async with settling(account) as doubts, anyio.create_task_group() as group:
+
+        async def mend() -> None:
+            await anyio.sleep(10)
+            account.trouble = None
+
+        group.start_soon(mend)
+        long_ago = anyio.current_time() - 10 * LISTING_PATIENCE_S
+        assert await doubts.settle(lost(), lost_at=long_ago, busy=never) == Adopt(task)
 
 
 @virtual_time

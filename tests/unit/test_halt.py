@@ -51,6 +51,13 @@ def test_a_share_counts_once_enough_rows_have_settled() -> None:
     assert fail(failures, 1) == [f"6 of {SHARE_FROM} rows failed (--halt fail=25%)"]
 
 
+def test_a_share_is_reached_when_it_is_met_exactly_and_not_before() -> None:
+    failures = Failures(parse_halt("fail=25%"))
+    for _ in range(75):
+        failures.done()
+    assert [reason is not None for reason in fail(failures, 25)] == [False] * 24 + [True]
+
+
 def test_failures_for_one_cause_one_after_the_other_halt_a_run_by_default() -> None:
     failures = Failures(Halt())
     assert fail(failures, STREAK - 1) == [None] * (STREAK - 1)

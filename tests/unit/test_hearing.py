@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from batchrun import errors
-from batchrun.dispatch.hearing import MAX_SOCKETS, Hearing
+from batchrun.dispatch.hearing import MAX_SOCKETS, SHARED, Hearing
 from batchrun.dispatch.track import RELAXED_S, Tracker
 from batchrun.model import RemoteOutput, Task
 from batchrun.rules.policy import Succeeded
@@ -30,14 +30,18 @@ class Service:
         self.tells = tells
         self.breaks_after_s = breaks_after_s
         self.loses_ends = False
-        #: Numbers of the sockets, from 1, that are refused, that are never opened, and that tell nothing.
+        #: Numbers of the sockets, from 1, that are refused, that are never opened, that tell nothing, and
+        #: that break when something is asked on them.
         self.refused: Container[int] = ()
         self.hanging: Container[int] = ()
         self.mute: Container[int] = ()
+        self.breaking: Container[int] = ()
         #: What is told of a task, by its token and status.
         self.event: Callable[[str, str], TaskEvent] = lambda token, status: TaskEvent(token, token, status)
         #: Details show an end so long after it was told.
         self.late_s = 0.0
+        #: A socket takes so long to open.
+        self.opening_s = 0.0
         self.first_detail_at = math.inf
         self.asked: list[str] = []
         self.details = self.sockets = self.open = self.most_open = 0
@@ -61,10 +65,11 @@ class Service:
             raise errors.ServerFault("503")
         if number in self.hanging:
             await anyio.sleep_forever()
+        await anyio.sleep(self.opening_s)
         self.open += 1
         self.most_open = max(self.most_open, self.open)
         try:
-            yield Line(self, is_mute=number in self.mute)
+            yield Line(self, is_mute=number in self.mute, is_breaking=number in self.breaking)
         finally:
             self.open -= 1
 
@@ -72,16 +77,24 @@ class Service:
 class Line:
     """One socket of the service."""
 
-    def __init__(self, service: Service, *, is_mute: bool) -> None:
+    def __init__(self, service: Service, *, is_mute: bool, is_breaking: bool) -> None:
         self.service = service
         self.tells = 0 if is_mute else service.tells
+        self.is_breaking = is_breaking
+        self.is_broken = anyio.Event()
         self.asked: list[str] = []
 
     async def ask(self, token: str) -> None:
+        if self.is_breaking:
+            self.is_broken.set()
+            raise errors.ReplyLost("the connection for events broke")
         self.asked.append(token)
         self.service.asked.append(token)
 
     async def events(self) -> AsyncIterator[TaskEvent]:
+        if self.is_breaking:
+            await self.is_broken.wait()
+            return
         service, opened_at = self.service, anyio.current_time()
         told: set[tuple[str, bool]] = set()
         while anyio.current_time() - opened_at < service.breaks_after_s:
@@ -93,14 +106,17 @@ class Line:
             await anyio.sleep(0.1)
 
 
-async def follow_all(service: Service, tasks: int, *, with_tokens: bool = True) -> list[str]:
-    """Follow so many tasks to their good end; returns what was said."""
+async def follow_all(
+    service: Service, tasks: int, *, with_tokens: bool = True, apart_s: float = 0.0
+) -> list[str]:
+    """Follow so many tasks, begun so far apart, to their good end; returns what was said."""
     notes: list[str] = []
     tracker = Tracker(service, rng=Random(0))
     hearing = Hearing(tracker, service, rng=Random(0), note=notes.append)
     tracker.add(lambda _: hearing)
 
     async def follow(name: str) -> None:
+        await anyio.sleep(int(name) * apart_s)
         service.begun_at[name] = anyio.current_time()
         _, verdict = await tracker.follow(task_id=name, token=name if with_tokens else "", tool=1)
         assert verdict == Succeeded()
@@ -118,6 +134,7 @@ async def follow_all(service: Service, tasks: int, *, with_tokens: bool = True) 
         assert not hearing._line_of
         assert not any(line.watches for line in hearing._lines)
         group.cancel_scope.cancel()
+    assert service.open == 0
     assert len(service.lag_s) == tasks
     return notes
 
@@ -133,6 +150,14 @@ async def test_an_end_that_is_told_is_seen_at_once_and_looks_are_few() -> None:
     assert max(service.lag_s.values()) < 0.2
     assert service.sockets == 1
     assert service.details <= 3 * 30
+
+
+@virtual_time
+async def test_more_tasks_than_a_connection_is_to_tell_of_share_another_and_leave_one_behind() -> None:
+    service = Service()
+    assert await follow_all(service, SHARED + 20, apart_s=0.05) == []
+    assert max(service.lag_s.values()) < 0.2
+    assert service.sockets == service.most_open == 2
 
 
 @virtual_time
@@ -159,10 +184,11 @@ async def test_once_there_are_no_more_sockets_tasks_are_looked_at_as_if_there_ha
     assert max(service.lag_s.values()) < 5.0
 
 
-@pytest.mark.parametrize("first", ["refused", "hanging", "mute"])
+@pytest.mark.parametrize("first", ["refused", "hanging", "mute", "breaking"])
 @virtual_time
 async def test_a_first_socket_that_is_of_no_use_makes_room_for_another(first: str) -> None:
     service = Service()
+    service.opening_s = 1.0
     setattr(service, first, {1})
     assert await follow_all(service, 30) == []
     assert max(service.lag_s.values()) < 0.2

@@ -51,6 +51,15 @@ def test_a_row_that_is_answered_at_last_was_not_bad() -> None:
     assert not health.is_bad(999, at=LATE)
 
 
+def test_a_row_that_is_not_submitted_any_more_is_in_trouble_no_longer() -> None:
+    health = Health()
+    for row in (1, 2, 3):
+        health.trouble(row, at=0)
+    health.forget(1)
+    health.sound(2)
+    assert health.troubled == 1
+
+
 @given(st.lists(st.integers(0, 5), max_size=300))
 def test_in_an_outage_however_long_no_row_is_bad(rows: list[int]) -> None:
     health = Health()

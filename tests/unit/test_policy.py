@@ -16,6 +16,9 @@ from batchrun.rules.policy import (
     DOWNLOAD_PATIENCE_S,
     ERROR_PATIENCE_S,
     GONE_PATIENCE_S,
+    INPUT_IMAGE,
+    LEAST_TRIES,
+    MAX_ASKED_S,
     MAX_DAMAGED,
     OUTPUTS_PATIENCE_S,
     RATE_LIMITED,
@@ -32,9 +35,12 @@ from batchrun.rules.policy import (
     SubmitDecision,
     Succeeded,
     TaskFailed,
+    Troubles,
     WaitForSlot,
     after_download,
     after_submit,
+    after_upload,
+    are_gone,
     backoff_s,
     charged,
     judge,
@@ -85,6 +91,57 @@ def test_a_server_that_says_it_did_nothing_is_asked_again_for_ten_minutes() -> N
         assert 0 <= decision.after_s <= 60
     decision = after_submit(error, refused_for_s=REFUSAL_PATIENCE_S, tries=20, rng=Random(0))
     assert decision == Fail(Failure("service fault", "try later"))
+
+
+# --- an upload ----------------------------------------------------------------------------------------
+
+
+def _refused(error: errors.ServiceError) -> Fail:
+    return Fail(Failure(INPUT_IMAGE, str(error)))
+
+
+@pytest.mark.parametrize(
+    ("error", "at_first", "at_last"),
+    [
+        # the service does not take this image
+        (errors.RequestRejected("too large"), _refused, _refused),
+        (errors.NotFound("no such thing"), _refused, _refused),
+        # it asks for a wait, within reason
+        (errors.RateLimited("slow", retry_after_s=90.0), 90.0, 90.0),
+        (errors.ServerFault("503", status=503, retry_after_s=10.0**9), MAX_ASKED_S, MAX_ASKED_S),
+        # an outage has nothing to do with the image, however long it lasts
+        (errors.NotSent("refused"), Retry, Retry),
+        (errors.ReplyLost("reset"), Retry, Retry),
+        (errors.RateLimited("slow"), Retry, Retry),
+        (errors.ServerFault("502", status=502), Retry, Retry),
+        (errors.ServerFault("a fault"), Retry, Retry),
+        # said about this image again and again, it is the image's
+        (errors.ServerFault("cannot", status=200, acted=False), Retry, _refused),
+        (errors.ServerFault("413", status=413), Retry, _refused),
+        (errors.ProtocolError("nonsense"), Retry, _refused),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_after_a_failed_upload(error: errors.ServiceError, at_first: object, at_last: object) -> None:
+    soon = ((1, 0.0), (2, REFUSAL_PATIENCE_S), (50, REFUSAL_PATIENCE_S - 1))
+    for expected, met in (at_first, soon), (at_last, [(LEAST_TRIES, REFUSAL_PATIENCE_S)]):
+        for troubles, elapsed_s in met:
+            decision = after_upload(error, troubles=troubles, elapsed_s=elapsed_s, rng=Random(0))
+            if expected is _refused:
+                assert decision == _refused(error)
+            elif expected is Retry:
+                assert isinstance(decision, Retry)
+                assert 0.2 <= decision.after_s <= 60.2
+            else:
+                assert decision == Retry(expected, str(error))  # type: ignore[arg-type]
+
+
+def test_failures_of_different_kinds_are_counted_apart_each_from_its_own_beginning() -> None:
+    met = Troubles()
+    assert met.add(errors.NotSent("down"), now=100.0) == (1, 0.0)
+    assert met.add(errors.ProtocolError("odd"), now=130.0) == (1, 0.0)
+    assert met.add(errors.NotSent("down"), now=150.0) == (2, 50.0)
+    assert met.add(errors.ProtocolError("odd"), now=190.0) == (2, 60.0)
 
 
 # --- a task -------------------------------------------------------------------------------------------
@@ -189,6 +246,7 @@ def test_attempts_are_limited(attempts: int, limit: int, may: bool) -> None:
         # what was paid for is gone: only by the user's word
         (State.FAILED, "paid but empty", "leave", "submit"),
         (State.FAILED, "images gone", "leave", "submit"),
+        (State.FAILED, "task unknown", "leave", "submit"),
         # these do not ask for anything
         (State.DONE, None, "leave", "leave"),
         (State.IN_FLIGHT, None, "leave", "leave"),
@@ -276,6 +334,20 @@ def test_a_server_that_asks_to_wait_is_waited_for_however_long_it_has_been() -> 
     decision = after_download(error, troubles=50, elapsed_s=10**6, rng=Random(0))
     assert isinstance(decision, Refetch)
     assert decision.after_s >= 90.0
+
+
+@pytest.mark.parametrize(
+    ("missing_for_s", "looks", "gone"),
+    [
+        (OUTPUTS_PATIENCE_S, LEAST_TRIES, True),
+        (OUTPUTS_PATIENCE_S - 1, 10**6, False),
+        (10.0**6, LEAST_TRIES - 1, False),
+    ],
+)
+def test_images_are_gone_once_enough_looks_over_some_time_do_not_show_them(
+    missing_for_s: float, looks: int, gone: bool
+) -> None:
+    assert are_gone(missing_for_s=missing_for_s, looks=looks) is gone
 
 
 def test_backoff_grows_to_its_cap_and_keeps_its_jitter() -> None:

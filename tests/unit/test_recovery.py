@@ -193,6 +193,7 @@ def test_what_existed_before_the_intent(doubt: Doubt, task: Task, older: bool) -
         (KNOWN, replace(MINE, model_id="8"), Match.OTHER),
         (KNOWN, replace(MINE, model_id="7"), Match.SAME),
         (KNOWN, MINE, Match.SAME),
+        (DOUBT, replace(MINE, model_id="8"), Match.SAME),  # which may be its number
         # of unknown age: it may be last week's
         (replace(DOUBT, after_task=None, intent_server_at=None), MINE, Match.UNKNOWABLE),
         (replace(DOUBT, after_task=None), replace(MINE, created_at=None), Match.UNKNOWABLE),
@@ -263,6 +264,7 @@ def test_a_task_without_a_number_tells_by_its_time_how_far_a_listing_reaches() -
     nameless = replace(MINE, id="t-9", created_at=200)
     assert not listed(newer).reaches(dated)
     assert listed(newer, nameless).reaches(dated)
+    assert listed(replace(nameless, created_at=4900), nameless).reaches(dated)
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ class Service:
         #: Every so many-th list fails.
         self.fails_every = 10**9
         self.hides: set[str] = set()
-        self.fails = False
+        self.fails = self.cancelled = False
         #: Ended tasks show their images so much later.
         self.late_s = 0.0
         #: The first so many tasks take so much longer.
@@ -90,6 +90,8 @@ class Service:
         if late_s < 0:
             return Task(str(number), status="task_start")
         self.lag_s.setdefault(str(number), late_s)
+        if self.cancelled:
+            return Task(str(number), status="task_cancel")
         if self.fails or late_s < self.late_s:
             return Task(str(number), status="task_postprocess_end", pexit="1" if self.fails else "0")
         return Task(str(number), status="task_postprocess_end", pexit="0", outputs=(IMAGE,))
@@ -244,6 +246,23 @@ async def test_an_end_without_images_is_confirmed_by_a_look() -> None:
     verdicts = await follow_all(service, 100)
     assert {type(verdict) for verdict in verdicts} == {TaskFailed}
     assert service.details >= 100
+
+
+@virtual_time
+async def test_one_task_far_down_the_list_is_looked_at_by_itself() -> None:
+    service = Service()
+    service.slow, service.slower_s = 1, 20.0
+    assert set(await follow_all(service, 800)) == {Succeeded()}
+    assert service.lag_s["1"] < 5.0
+
+
+@virtual_time
+async def test_tasks_that_were_cancelled_at_the_service_are_seen_so_soon() -> None:
+    service = Service()
+    service.cancelled = True
+    verdicts = await follow_all(service, 100)
+    assert {type(verdict) for verdict in verdicts} == {TaskFailed}
+    assert anyio.current_time() - max(begun_at for _, begun_at, _ in service.made) < 9 + 2.0
 
 
 @virtual_time

@@ -17,10 +17,13 @@ from batchrun.dispatch.track import (
     AGAIN_S,
     BUDGET_PER_S,
     MAX_LOOKS,
+    RELAXED_S,
     UNKNOWN_TASK,
+    Cover,
     Ended,
     Left,
     Tracker,
+    Watch,
 )
 from batchrun.model import RemoteOutput, Task
 from batchrun.rules.pace import ADVICE_S, BURST, CEILING_S, FLOOR_S, STUCK_S, unknown
@@ -54,14 +57,18 @@ class Looks:
         self.running = 0
         self.most_running = 0
         self.takes_s = 0.05
+        #: Answers, by their number from 1, that are read so much later.
+        self.read_late_s: dict[int, float] = {}
 
     async def detail(self, task_id: str, token: str = "") -> Task | None:
         self.seen.append((task_id, self.age))
+        late_s = self.read_late_s.get(len(self.seen), 0.0)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
             await anyio.sleep(self.takes_s)
             task = self.story(self.age)
+            await anyio.sleep(late_s)
             return replace(task, id=task_id) if task is not None else None
         finally:
             self.running -= 1
@@ -75,9 +82,24 @@ class Looks:
         return [after - before for before, after in pairwise(ages)]
 
 
+class All:
+    """Covers every task and tells nothing."""
+
+    def covers(self, watch: Watch) -> bool:
+        return True
+
+    def begin(self, watch: Watch) -> None: ...
+    def end(self, watch: Watch) -> None: ...
+    async def run(self) -> None: ...
+
+
 @asynccontextmanager
-async def tracking(looks: Looks, *, budget_per_s: float = BUDGET_PER_S) -> AsyncIterator[Tracker]:
+async def tracking(
+    looks: Looks, *, budget_per_s: float = BUDGET_PER_S, cover: Cover | None = None
+) -> AsyncIterator[Tracker]:
     tracker = Tracker(looks, rng=Random(0), budget_per_s=budget_per_s)
+    if cover is not None:
+        tracker.add(lambda _: cover)
     async with anyio.create_task_group() as group:
         group.start_soon(tracker.run)
         yield tracker
@@ -167,16 +189,20 @@ async def test_looks_at_many_tasks_stay_within_the_budget() -> None:
         assert number <= 10 * (age + 1)
 
 
+@pytest.mark.parametrize("cover", [None, All()], ids=["looked at", "covered"])
 @virtual_time
-async def test_a_task_said_to_have_ended_during_a_look_is_looked_at_again_at_once() -> None:
-    looks = Looks(after(30, DONE))
-    looks.takes_s = 2.0  # the answer tells how the task stood before
-    looks.story = lambda age: DONE if age > 34 else RUNNING
-    async with tracking(looks) as tracker:
+async def test_a_task_said_to_have_ended_during_a_look_is_looked_at_again_at_once(
+    cover: Cover | None,
+) -> None:
+    looks = Looks(after(10**6, DONE))
+    looks.takes_s = 2.0
+    async with tracking(looks, cover=cover) as tracker:
 
         async def told() -> None:
             while not (looks.running and looks.age > 30):
                 await anyio.sleep(0.01)
+            # the answer tells how the task stood before
+            looks.story = after(looks.seen[-1][1] + looks.takes_s + 0.1, DONE)
             for _ in range(3):
                 tracker.look_at_once(tracker.watches["1"])
                 await anyio.sleep(0.1)
@@ -219,6 +245,43 @@ async def test_looks_that_others_ask_for_take_the_place_of_planned_ones() -> Non
         await anyio.sleep(150.0)
         assert count <= 20 + BURST + 20 / ADVICE_S
         assert len(looks.seen) - count <= 150.0 / ADVICE_S
+
+
+@virtual_time
+async def test_a_look_that_is_asked_for_is_not_put_off_by_a_planned_one() -> None:
+    looks = Looks(after(400, DONE))
+    async with tracking(looks) as tracker, anyio.create_task_group() as group:
+        group.start_soon(lambda: tracker.follow(task_id="1", token="t", tool=1))
+        await anyio.sleep(200.0)
+        count = len(looks.seen)
+        while len(looks.seen) == count or looks.running:
+            await anyio.sleep(0.01)  # the next planned one is far off now
+        watch, count = tracker.watches["1"], len(looks.seen)
+        tracker.look_as_planned(watch)
+        await anyio.sleep(0.01)
+        assert len(looks.seen) == count
+        tracker.look_at_once(watch)
+        tracker.look_as_planned(watch)  # whoever covered it is gone
+        await anyio.sleep(0.01)
+        assert len(looks.seen) == count + 1
+
+
+@virtual_time
+async def test_a_task_that_is_covered_is_looked_at_seldom_unless_that_is_asked_for() -> None:
+    looks = Looks(after(10**6, DONE))
+    async with tracking(looks, cover=All()) as tracker, anyio.create_task_group() as group:
+        group.start_soon(lambda: tracker.follow(task_id="1", token="t", tool=1))
+        await anyio.sleep(300.0)
+        assert min(looks.gaps()) >= RELAXED_S
+        assert max(looks.gaps()) <= RELAXED_S + CEILING_S
+        count = len(looks.seen)
+        while len(looks.seen) == count or looks.running:
+            await anyio.sleep(0.01)
+        count = len(looks.seen)
+        tracker.look_at_once(tracker.watches["1"])
+        await anyio.sleep(0.01)
+        assert len(looks.seen) == count + 1
+        group.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize(
@@ -331,6 +394,14 @@ async def test_a_task_that_the_service_knows_again_in_time_is_followed_on() -> N
 
 
 @virtual_time
+async def test_two_looks_with_a_long_sleep_in_between_are_no_proof_that_a_task_is_unknown() -> None:
+    looks = Looks(lambda age: None if len(looks.seen) <= 2 else DONE)
+    looks.read_late_s = {2: 10 * UNKNOWN_PATIENCE_S}  # the machine slept
+    _, verdict = await followed(looks)
+    assert verdict == Succeeded()
+
+
+@virtual_time
 async def test_a_task_that_never_moves_is_left_to_the_next_start() -> None:
     looks = Looks(after(10**6, DONE))
     task, verdict = await followed(looks)
@@ -363,11 +434,19 @@ async def test_statuses_going_backwards_or_unknown_mean_only_that_it_runs() -> N
     assert verdict == Succeeded()
 
 
+@pytest.mark.parametrize("cover", [None, All()], ids=["looked at", "covered"])
 @virtual_time
-async def test_outputs_that_come_a_look_later_are_waited_for_briefly() -> None:
+async def test_outputs_that_come_a_look_later_are_waited_for_briefly(cover: Cover | None) -> None:
     looks = Looks(after(12, DONE, replace(DONE, outputs=())))
-    _, verdict = await followed(looks)
-    assert verdict == Succeeded()
+    async with tracking(looks, cover=cover) as tracker, anyio.create_task_group() as group:
+
+        async def follow() -> None:
+            _, verdict = await tracker.follow(task_id="1", token="t", tool=1)
+            assert verdict == Succeeded()
+
+        group.start_soon(follow)
+        await anyio.sleep(10)
+        tracker.look_at_once(tracker.watches["1"])  # somebody says that it has ended
     assert looks.age < 14
 
 
@@ -384,6 +463,15 @@ async def test_outputs_that_never_come_are_waited_for_half_a_minute(
     _, verdict = await followed(looks)
     assert type(verdict) is expected
     assert OUTPUTS_PATIENCE_S <= looks.age <= OUTPUTS_PATIENCE_S + 5
+
+
+@virtual_time
+async def test_an_answer_that_is_read_late_is_no_sign_that_the_task_stood_still() -> None:
+    outputs = [False, False, True]
+    looks = Looks(lambda age: DONE if outputs[len(looks.seen) - 1] else replace(DONE, outputs=()))
+    looks.read_late_s = {2: 10 * OUTPUTS_PATIENCE_S}  # the machine slept
+    _, verdict = await followed(looks)
+    assert verdict == Succeeded()
 
 
 @virtual_time

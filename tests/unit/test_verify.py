@@ -88,6 +88,8 @@ def test_any_changed_byte_of_a_png_is_refused():
         (((b"IHDR", struct.pack(">IIBBBBB", 0, 1, 8, 0, 0, 0, 0)), DATA, END), "structure"),  # no width
         (((b"IHDR", struct.pack(">IIBBBBB", 1, 1, 3, 0, 0, 0, 0)), DATA, END), "structure"),  # depth 3
         (((b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 3, 0, 0, 0)), DATA, END), "structure"),  # no palette
+        (((b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 2)), DATA, END), "structure"),  # no such order
+        (((b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 1, 0, 0)), DATA, END), "structure"),  # nor packing
     ],
 )
 def test_the_chunks_of_a_png_must_make_sense(chunks, reason):
@@ -130,6 +132,10 @@ def test_a_jpeg_may_fill_the_space_before_a_marker():
             data[: data.index(b"\xff\xc0")] + data[data.index(b"\xff\xda") :]
         ),  # a scan without a frame
         lambda data: data[:-40] + b"\xff\x42" + data[-38:],  # a reserved marker inside the scan
+        # a frame header with one component more than there is room for
+        lambda data: data[: data.index(b"\xff\xc0") + 9] + b"\4" + data[data.index(b"\xff\xc0") + 10 :],
+        # a scan header with one component more than there is room for
+        lambda data: data[: data.index(b"\xff\xda") + 4] + b"\4" + data[data.index(b"\xff\xda") + 5 :],
     ],
 )
 def test_a_jpeg_whose_segments_make_no_sense_is_refused(damage):
@@ -159,6 +165,38 @@ def test_a_webp_may_leave_out_the_last_padding():
 )
 def test_a_webp_whose_chunks_make_no_sense_is_refused(damage):
     assert refusal(damage(draw("WEBP"))) == "structure"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:20] + b"\x2e" + data[21:],  # no VP8L signature
+        lambda data: data[:24] + bytes([data[24] | 0x20]) + data[25:],  # a version that there is not
+        lambda data: b"RIFF\x10\0\0\0WEBPVP8L\4\0\0\0" + data[20:24],  # shorter than its header
+    ],
+)
+def test_a_lossless_webp_whose_header_makes_no_sense_is_refused(damage):
+    data = draw("WEBP", lossless=True)
+    assert data[12:16] == b"VP8L"
+    assert refusal(damage(data)) == "structure"
+
+
+GIF = b"GIF89a\3\0\2\0\0\0\0"
+COMMENT = b"!\xfe\1c\0"
+FRAME = b"," + bytes(9) + b"\2\1\0\0"
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        GIF + COMMENT + b";",  # no picture
+        GIF[:6] + b"\0\0" + GIF[8:] + FRAME + b";",  # no width
+        GIF + FRAME + b"\1;",  # a block that there is not
+    ],
+)
+def test_a_gif_without_a_picture_is_refused(blocks):
+    assert verify(GIF + COMMENT + FRAME + b";").width_px == 3
+    assert refusal(blocks) == "structure"
 
 
 @pytest.mark.parametrize(

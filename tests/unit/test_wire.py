@@ -470,10 +470,18 @@ def test_retry_after_is_seconds_or_a_date(value: str | None, expected: float | N
 
 
 @pytest.mark.parametrize(
+    "text", ["", "soon", "Wed, 32 Oct 2015 07:28:00 GMT", "Thu, 01 Jan 99999999999 00:00:00 GMT"]
+)
+def test_what_is_no_date_is_none(text: str) -> None:
+    assert wire.http_date(text) is None
+
+
+@pytest.mark.parametrize(
     ("value", "expected"),
     [
         ("bytes 5-9/10", (5, 9, 10)),
         ("bytes 5-9/*", (5, 9, None)),
+        ("bytes 9-9/10", (9, 9, 10)),  # the last byte
         ("bytes 5-10/10", None),
         ("bytes 9-5/10", None),
         ("bytes */10", None),
