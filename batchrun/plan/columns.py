@@ -226,7 +226,11 @@ class Columns:
         held = {column.name for column in self._columns} | laid_in.keys()
         if len(held) < len(self._columns) + len(laid_in) or not laid_in.keys().isdisjoint(set_values):
             raise Refused("what is laid over a row is a value of the row's own")
-        fixed = {name: cell for name, cell in set_values.items() if name not in held and not _is_blank(cell)}
+        fixed = {
+            name: cell
+            for name, cell in set_values.items()
+            if name not in held and cell is not None and not (is_table and _is_blank(cell))
+        }
         if any(binder.expandable(name, cell) for name, cell in fixed.items()):
             raise Refused("rows of this header stand for several requests each")
         self._fixed = {name: binder.reader(name, read_image)(cell) for name, cell in fixed.items()}

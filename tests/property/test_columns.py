@@ -238,6 +238,14 @@ def test_rows_bound_together_are_what_each_is_by_itself(text, tool, set_values, 
     expand={},
     max_requests=20,
 )
+@example(  # a blank is a value in JSON, and nothing in a table
+    text='{"inputImageUrl": "https://x.test/a.png"}\n' * 8,
+    tool="outpainting-sdxl-advanced",
+    set_values={"negativePrompt": " "},
+    names={},
+    expand={},
+    max_requests=20,
+)
 @example(
     text="prompt,scale\n" + "a cat,7.5\n" * 9,
     tool=TOOLS[0],
