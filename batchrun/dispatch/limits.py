@@ -22,7 +22,7 @@ FIRST_LIMIT = 8
 LOOK_S = 0.5
 #: Where the account is full a submit is tried so often for each that is accepted: Run itself tells of a free
 #: slot sooner than looks at tasks do. Tries that find none grow rarer, down to the second number.
-TRIES = (2.2, 0.25)
+TRIES = (3.0, 0.25)
 #: Between two tries: the first wait while nothing was accepted, the shortest and the longest one, in seconds.
 TRY_S = (1.0, 0.01, 60.0)
 #: The pace of accepted submits is that of the newest so many.

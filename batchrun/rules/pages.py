@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from batchrun.rules.pace import ADVICE_S, NEEDED
+from batchrun.rules.pace import ADVICE_S, FEW, NEEDED
 
 #: What one request lists at most (wiro-api.md, Tracking).
 PAGE = 100
@@ -18,7 +18,7 @@ PAGE = 100
 MARGIN = 6
 #: What a page is worth, in seconds of waiting of all its tasks together: so much, and for each task shown.
 PAGE_PRICE_S, SHOWN_PRICE_S = 0.02, 0.001
-#: What few tasks may take, in requests per second: the last of a run hold up its end.
+#: What few tasks may take, in requests per second.
 FEW_PER_S = 8.0
 #: A page is more work than a look at one task, for both sides: by this much it must be worth more.
 PAGE_WORK = 1.5
@@ -54,7 +54,8 @@ def best(places: Sequence[int], waited_s: Sequence[float]) -> Page | int | None:
         if total > most:
             most, chosen = total, (first, last)
     page = page_of(places, *chosen)
-    if most < PAGE_PRICE_S + SHOWN_PRICE_S * page.limit:
+    price_s = PAGE_PRICE_S + SHOWN_PRICE_S * page.limit
+    if most < price_s * min(1.0, len(places) / FEW):  # the last tasks of a run hold up its end
         return None
     return single if waited_s[single] * PAGE_WORK > most else page
 
