@@ -24,7 +24,7 @@ from batchrun.plan.identity import HASH_BYTES
 from batchrun.plan.kept import is_same, kept, nulls, piece
 from batchrun.store.records import cells_given, dumps, image_to_json
 from batchrun.store.staged import StagedBlock
-from batchrun.tools.bind import Binder, ReadImage, Refused
+from batchrun.tools.bind import Binder, ReadImage, Refused, gives_nothing
 
 #: Different cells that a column remembers, and characters; texts that are all different are not worth more.
 _REMEMBERED = 2000
@@ -35,10 +35,6 @@ _PLAIN_DIGITS = 18
 _ESCAPED = re.compile(r"[^\x00-\x7e]+")
 #: Cells of these types are equal only where they are the same; 1, true and 1.0 are equal, and are not.
 _TOLD_APART = frozenset({str, int, type(None)})
-
-
-def _is_blank(cell: Cell) -> bool:
-    return cell is None or (type(cell) is str and (not cell or cell.isspace()))
 
 
 class _Column(dict[Any, str]):
@@ -92,7 +88,7 @@ class _Column(dict[Any, str]):
 
     def value(self, cell: Cell) -> Value | LocalImage | None:
         """What a cell that can be read is bound to; None: it gives nothing."""
-        return None if cell is None or (self._is_table and _is_blank(cell)) else self._read(cell)
+        return None if gives_nothing(cell, blank_is_default=self._is_table) else self._read(cell)
 
     def pieces(self, cells: Sequence[Any]) -> tuple[list[str], list[str] | None]:
         """What each of a block's cells (as known) makes of its row, and of a patch to it (None: nothing)."""
@@ -136,7 +132,8 @@ class _Column(dict[Any, str]):
         return text
 
     def _piece(self, known: Any, cell: Cell) -> str:
-        if (_is_blank(cell) and not self._blank_is_plain) or self._binder.expandable(self.name, cell):
+        is_blank = gives_nothing(cell, blank_is_default=True)
+        if (is_blank and not self._blank_is_plain) or self._binder.expandable(self.name, cell):
             self.hard.add(known)
             return ""
         try:
@@ -191,19 +188,20 @@ class Columns:
         Raises Refused or ManifestError when no row of this header is simple.
         """
 
+        is_table = header is not None
+
         def column(name: str) -> _Column:
             is_plain = name not in set_values and name not in binder.required
             return _Column(
                 name,
                 binder,
                 read_image,
-                is_table=header is not None,
+                is_table=is_table,
                 blank_is_plain=is_plain,
                 max_images=max_images,
             )
 
         self._names = columns
-        is_table = header is not None
         self._header = header
         self._is_table = is_table
         self._id_at = id_at
@@ -229,7 +227,7 @@ class Columns:
         fixed = {
             name: cell
             for name, cell in set_values.items()
-            if name not in held and cell is not None and not (is_table and _is_blank(cell))
+            if name not in held and not gives_nothing(cell, blank_is_default=is_table)
         }
         if any(binder.expandable(name, cell) for name, cell in fixed.items()):
             raise Refused("rows of this header stand for several requests each")
@@ -263,7 +261,8 @@ class Columns:
     def _pieces_laid(self, column: _Column, cells: Sequence[Cell]) -> tuple[list[str], list[str]]:
         known = column.known_by(cells)
         pieces = [column[cell] for cell in known]
-        if column.hard or column.hashed or any(map(_is_blank, cells)):
+        is_any_blank = any(gives_nothing(cell, blank_is_default=True) for cell in cells)
+        if column.hard or column.hashed or is_any_blank:
             raise Refused("what is laid over the rows is looked at in each of them")
         self._values_laid[column.name] = list(map(column.value, cells))
         if column.images:

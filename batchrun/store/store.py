@@ -22,10 +22,7 @@ from batchrun.store import changes, reading, rebuilding
 from batchrun.store.connection import connect, store_error
 from batchrun.store.migrations import migrate
 from batchrun.store.reading import read_value
-from batchrun.store.records import (
-    ROW_COLUMNS,
-    complete_all,
-)
+from batchrun.store.records import ROW_COLUMNS, complete_all
 from batchrun.store.row_verbs import RowVerbs
 from batchrun.store.run_verbs import RunVerbs
 

@@ -72,6 +72,11 @@ class _Owner:
     label: str
 
 
+def gives_nothing(cell: Cell, *, blank_is_default: bool) -> bool:
+    """Whether a cell leaves its parameter to the tool's default: None does, in tables a blank does, too."""
+    return cell is None or (blank_is_default and type(cell) is str and (not cell or cell.isspace()))
+
+
 class Binder:
     """Turns rows into requests to one tool."""
 
@@ -171,7 +176,7 @@ class Binder:
         problems: list[Problem] = []
         readers = self._readers
         for name, cell in cells.items():
-            if cell is None or (blank_is_default and type(cell) is str and (not cell or cell.isspace())):
+            if gives_nothing(cell, blank_is_default=blank_is_default):
                 continue
             try:
                 read = readers.get(name)
