@@ -22,8 +22,8 @@ FIRST_LIMIT = 8
 LOOK_S = 0.5
 #: Where the account is full a submit is tried so often for each that is accepted: Run itself tells of a free
 #: slot sooner than looks at tasks do. Tries that find none grow rarer, down to the second number.
-TRIES = (3.0, 0.25)
-#: Between two tries: the first wait while nothing was accepted, the shortest and the longest one, in seconds.
+TRIES = (2.8, 0.25)
+#: From try to try: the first wait while nothing was accepted, the shortest and the longest one, in seconds.
 TRY_S = (1.0, 0.01, 60.0)
 #: The pace of accepted submits is that of the newest so many.
 PACE_OF = 16
@@ -147,9 +147,10 @@ class Slots:
 
     def _look_s(self) -> float:
         """Seconds until something may be due."""
-        if self._growing or self.in_use >= self.ceiling:
+        if self._growing or self.in_use >= self.ceiling or self._tries.is_trying:
             return LOOK_S
-        return min(LOOK_S, max(TRY_S[1], self._tries.due_at - anyio.current_time()))
+        due_at = max(self._tries.due_at, self._closed_until)
+        return min(LOOK_S, max(0.0, due_at - anyio.current_time()))
 
 
 class _Waiter:
@@ -170,30 +171,32 @@ class _Tries:
 
     def __init__(self, rng: Random) -> None:
         self.due_at = float("inf")
-        self._is_trying = False
+        #: One is under way, since then.
+        self.is_trying = False
+        self._began_at = 0.0
         self._per_accepted = TRIES[0]
         self._accepted_at: deque[float] = deque(maxlen=PACE_OF)
         self._rng = rng
 
     def begin(self, now: float) -> bool:
         """Whether one is due; one at a time, for it may wait long before it is sent."""
-        if self._is_trying or now < self.due_at:
+        if self.is_trying or now < self.due_at:
             return False
-        self._is_trying = True
+        self.is_trying, self._began_at = True, now
         return True
 
     def refused(self, now: float) -> None:
         """A submit was refused, a try or any other."""
         if not self._accepted_at:
             self._accepted_at.append(now)  # nothing was: waits grow from here
-        if self._is_trying:
+        if self.is_trying:
             self._per_accepted = max(TRIES[1], self._per_accepted * 0.9)
         self._plan(now)
 
     def accepted(self, now: float) -> bool:
         """A submit was accepted; whether a try was under way."""
         self._accepted_at.append(now)
-        was_trying = self._is_trying
+        was_trying = self.is_trying
         if was_trying:
             self._per_accepted = min(TRIES[0], self._per_accepted * 1.5)
         if self.due_at < float("inf"):
@@ -202,7 +205,7 @@ class _Tries:
 
     def over(self, now: float) -> None:
         """No try is under way any more, whatever came of it."""
-        if self._is_trying:
+        if self.is_trying:
             self._plan(now)
 
     def _plan(self, now: float) -> None:
@@ -210,8 +213,9 @@ class _Tries:
         count = len(self._accepted_at) - 1
         pace_s = (newest - oldest) / count if count else TRY_S[0]
         wait_s = max(pace_s, now - newest) / self._per_accepted
-        self._is_trying = False
-        self.due_at = now + min(TRY_S[2], max(TRY_S[1], wait_s)) * self._rng.uniform(0.75, 1.25)
+        since = self._began_at if self.is_trying else now
+        self.is_trying = False
+        self.due_at = since + min(TRY_S[2], max(TRY_S[1], wait_s)) * self._rng.uniform(0.75, 1.25)
 
 
 class Slot:
@@ -219,15 +223,16 @@ class Slot:
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
-        self._held = False
+        #: Whether the row holds a slot now.
+        self.is_held = False
         #: The service had no slot for it though we had: its turn comes first.
         self._was_refused = False
 
     async def take(self) -> None:
         """Wait for a slot unless one is held."""
-        if not self._held:
+        if not self.is_held:
             await self._slots.take(first=self._was_refused)
-            self._held, self._was_refused = True, False
+            self.is_held, self._was_refused = True, False
 
     def refused(self, told: int | None) -> None:
         """The service refused the submit (code 96); `told` is the limit it named."""
@@ -236,14 +241,14 @@ class Slot:
 
     def take_anyway(self) -> None:
         """Hold a slot for a task that may be active already, even beyond the limit."""
-        if not self._held:
+        if not self.is_held:
             self._slots.take_anyway()
-            self._held = True
+            self.is_held = True
 
     def give(self) -> None:
         """Give the slot back if one is held."""
-        if self._held:
-            self._held = False
+        if self.is_held:
+            self.is_held = False
             self._slots.give()
 
 

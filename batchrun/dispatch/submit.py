@@ -48,6 +48,8 @@ from batchrun.tools.bind import Binder
 
 #: A doubtful submit's task may be active this long while the tool's usual time is not known.
 UNKNOWN_TIME_S = 60.0
+#: A row that found the account full waits so long for its next try before its intent is withdrawn.
+KEEP_INTENT_S = 0.5
 #: What is said of a row that is in trouble while all others are well.
 UNANSWERED = "the service answers other rows, but to this one, asked again and again, never in good order"
 
@@ -109,6 +111,8 @@ class Submitter:
         self._refusals: dict[int, tuple[int, float]] = {}
         #: Tools the service says it does not have; None until a second answer confirms it.
         self._missing_tools: dict[int, Failure | None] = {}
+        #: The account's limit as it was told last.
+        self._told_limit: int | None = None
 
     def learn_newest(self, task: int | None) -> None:
         """Remember the newest task id that is known; None: none is."""
@@ -152,7 +156,6 @@ class Submitter:
     ) -> Row | None:
         """Record the intent, send, record the answer."""
         self._under_way[row.seq] = _Asked(body)
-        answered = self.health.answered
         try:
             row = await self._store.record_intent(
                 Intent(row.seq, time.time(), self._service.server_now(), self._newest_task, reserved_usd)
@@ -161,12 +164,19 @@ class Submitter:
                 await self._store.withdraw(row.seq)
                 return None
             self._progress.announce(Fact.INTENT, row)
-            accepted = await self._service.submit(run_path, body)
+            while True:
+                answered = self.health.answered
+                try:
+                    accepted = await self._service.submit(run_path, body)
+                    break
+                except errors.ServiceError as error:
+                    refused = await self._refused(row, slot, error, sent_after=answered, probe=probe)
+                    if refused is None or refused.state is not State.SUBMITTING:
+                        return refused
+                    probe = False  # it has told of the gate what there was to tell
             self._progress.announce(Fact.ACCEPTED, row, task=accepted.task_id)
             with anyio.CancelScope(shield=True):  # what was answered is recorded, whatever else happens
                 after = await self._store.record_accepted(row.seq, accepted, at=time.time())
-        except errors.ServiceError as error:
-            return await self._refused(row, slot, error, sent_after=answered, probe=probe)
         except BaseException:
             self._gate.unsure(probe=probe)
             raise
@@ -190,7 +200,10 @@ class Submitter:
     async def _refused(
         self, row: Row, slot: Slot, error: errors.ServiceError, *, sent_after: int, probe: bool
     ) -> Row | None:
-        """Do what the policy says after a submit that was not accepted."""
+        """Do what the policy says after a submit that was not accepted.
+
+        A row that still stands as submitting is to be sent again at once, with the intent that is recorded.
+        """
         now = anyio.current_time()
         tries, since = self._refusals.get(row.seq, (0, now))
         decision = after_submit(error, refused_for_s=now - since, tries=tries + 1, rng=self._rng)
@@ -212,12 +225,24 @@ class Submitter:
         if isinstance(decision, Fail) and self._is_confirmed(row, decision):
             self._gate.open()
             return await self._reject(row, decision.failure)
-        row = await self._store.withdraw(row.seq)
+        has_slot = False
+        try:
+            if isinstance(decision, WaitForSlot):
+                await self._adopt(decision, slot)
+                has_slot = await self._regains(slot)
+        finally:
+            if not has_slot:
+                with anyio.CancelScope(shield=True):  # it certainly made no task, and is to be no doubt
+                    row = await self._store.withdraw(row.seq)
+        if has_slot:
+            return row
         self._progress.announce(Fact.WITHDRAWN, row, message=str(error))
-        if is_unsound:
+        if isinstance(decision, WaitForSlot):
+            wait_s = 0.0
+        elif is_unsound:
             wait_s = self._rng.uniform(0.1, 1.0) + backoff_s(own_times, base_s=0.5, cap_s=60.0, rng=self._rng)
         else:
-            wait_s = await self._learn(decision, slot, probe=probe)
+            wait_s = self._learn(decision, probe=probe)
         if wait_s:
             slot.give()
             with self._sign.wait():
@@ -232,15 +257,28 @@ class Submitter:
         self._missing_tools[row.tool] = decision.failure if confirmed else None
         return confirmed
 
-    async def _learn(self, decision: SubmitDecision, slot: Slot, *, probe: bool) -> float:
+    async def _adopt(self, full: WaitForSlot, slot: Slot) -> None:
+        """Let every row know that the account is full, and remember the limit that the service told."""
+        self._gate.open()
+        slot.refused(full.limit)
+        if full.limit is not None and full.limit != self._told_limit:
+            await self._store.adopt_limit(full.limit)
+            self._told_limit = full.limit
+        self._progress.announce(Fact.LIMIT, limit=self._slots.limit, told=full.limit)
+
+    async def _regains(self, slot: Slot) -> bool:
+        """Whether the row has a slot again soon: then a try costs no new record of its intent.
+
+        Not for longer: what is found as submitting after a crash has to be looked up.
+        """
+        slot.give()
+        with self._sign.wait(), anyio.move_on_after(KEEP_INTENT_S):
+            await slot.take()
+        return slot.is_held and self._sign.reason is None and self._gate.reason is None
+
+    def _learn(self, decision: SubmitDecision, *, probe: bool) -> float:
         """Let every row know what a refusal says of the service; returns this row's own wait in seconds."""
         match decision:
-            case WaitForSlot():
-                self._gate.open()
-                slot.refused(decision.limit)
-                if decision.limit is not None:
-                    await self._store.adopt_limit(decision.limit)
-                self._progress.announce(Fact.LIMIT, limit=self._slots.limit, told=decision.limit)
             case Pause():
                 self._gate.shut(decision.reason, probe=probe, after_s=decision.after_s)
             case Stop():

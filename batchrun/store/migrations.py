@@ -1,4 +1,4 @@
-"""Steps that bring a state file to the present form; a step and the note that it ran commit together."""
+"""Steps that bring a state file to the present form; they and the note that they ran commit together."""
 
 from __future__ import annotations
 
@@ -76,12 +76,14 @@ def migrate(connection: sqlite3.Connection) -> None:
             f"the state was written by a newer batchrun (its form {version}, this one knows {len(STEPS)}); "
             "update batchrun to go on with this run"
         )
-    for number, step in enumerate(STEPS[version:], start=version + 1):
-        connection.execute("BEGIN IMMEDIATE")
-        try:
+    if version == len(STEPS):
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        for step in STEPS[version:]:
             step(connection)
-            connection.execute(f"PRAGMA user_version = {number}")
-        except BaseException:
-            connection.execute("ROLLBACK")
-            raise
-        connection.execute("COMMIT")
+        connection.execute(f"PRAGMA user_version = {len(STEPS)}")
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")

@@ -55,6 +55,16 @@ async def test_a_run_killed_before_its_submit_went_out_waits_out_the_grace_and_s
         assert len(sim.tasks) == ROWS
 
 
+async def test_a_run_killed_while_rows_wait_for_their_next_try_buys_each_once(monkeypatch, tmp_path):
+    hurry(monkeypatch.setattr)
+    job = job_of(write_rows(tmp_path / "m.csv", ROWS), concurrency=4)
+    async with Simulator(seconds=0.3, slots=2) as sim:
+        await killed_at(sim, job, Fact.LIMIT, 2)
+        assert (await run_job(sim, job)).exit_code == 0
+        check_complete(sim, tmp_path / "run", ROWS)
+        assert len(sim.tasks) == ROWS
+
+
 async def test_the_sidecar_files_are_whole_after_every_kill(tmp_path):
     rows = 20
     job = job_of(write_rows(tmp_path / "m.csv", rows), concurrency=4)

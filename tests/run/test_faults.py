@@ -10,10 +10,19 @@ import pytest
 
 from batchrun.model import State
 from batchrun.progress import Fact
-from batchrun.runner import Again
+from batchrun.runner import Again, Runner
 from batchrun.simulator.server import Simulator
 from batchrun.store.store import Store
-from tests.support.runs import Facts, check_complete, job_of, run_job, write_rows
+from tests.support.runs import (
+    Facts,
+    abort_when,
+    check_complete,
+    credentials_of,
+    job_of,
+    run_job,
+    stop_when,
+    write_rows,
+)
 
 ROWS = 6
 
@@ -278,6 +287,31 @@ async def test_the_service_queues_or_refuses_and_never_more_than_the_limit_is_ac
         check_complete(sim, tmp_path / "run", 20)
     with closing(Store.open(tmp_path / "run" / "state.sqlite3")) as store:
         assert await store.account_limit() == 3  # the next start begins with it
+
+
+async def test_a_row_that_finds_the_account_full_tries_again_with_the_intent_that_is_recorded(tmp_path):
+    async with Simulator(seconds=0.2, slots=3) as sim:
+        facts = Facts()
+        outcome = await run_job(sim, job_of(write_rows(tmp_path / "m.csv", 30), concurrency=5), facts=facts)
+        assert outcome.exit_code == 0
+        check_complete(sim, tmp_path / "run", 30)
+        refused = sim.refusals[96]
+        assert facts.count(Fact.INTENT) == 30 + facts.count(Fact.WITHDRAWN)
+        assert facts.count(Fact.WITHDRAWN) < refused / 2
+
+
+@pytest.mark.parametrize("leave", [stop_when, abort_when])
+async def test_a_row_that_waits_for_its_next_try_is_no_doubt_when_the_run_ends(tmp_path, leave):
+    job = job_of(write_rows(tmp_path / "m.csv", 4), concurrency=4)
+    async with Simulator(seconds=1.0, slots=1) as sim:
+        runner = Runner(job, credentials_of(sim))
+        leave(runner, lambda event: event.fact is Fact.LIMIT)
+        await runner.run()
+        with closing(Store.open(tmp_path / "run" / "state.sqlite3")) as store:
+            counts = (await store.counts()).by_state
+        assert counts.get(State.PLANNED, 0) == 4 - len(sim.tasks)
+        assert (await run_job(sim, job)).exit_code == 0
+        check_complete(sim, tmp_path / "run", 4)
 
 
 @pytest.mark.parametrize("hours", [-9, 9])

@@ -154,7 +154,7 @@ def tables_of(path: Path) -> set[str]:
         connection.close()
 
 
-def test_a_step_that_fails_leaves_nothing_of_itself(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_fails_leaves_the_old_form(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def second(connection: sqlite3.Connection) -> None:
         connection.execute("CREATE TABLE second (a)")
 
@@ -167,16 +167,16 @@ def test_a_step_that_fails_leaves_nothing_of_itself(path: Path, monkeypatch: pyt
         connection.execute("CREATE TABLE third (a)")
 
     first = migrations.STEPS
+    Store.open(path).close()
     monkeypatch.setattr(migrations, "STEPS", (*first, second, failing))
     with pytest.raises(StoreError, match="power went out"):
         Store.open(path)
-    assert version_of(path) == len(first) + 1
-    assert "second" in tables_of(path)
-    assert "third" not in tables_of(path)
+    assert version_of(path) == len(first)
+    assert not {"second", "third"} & tables_of(path)
     monkeypatch.setattr(migrations, "STEPS", (*first, second, third))
     Store.open(path).close()
     assert version_of(path) == len(first) + 2
-    assert "third" in tables_of(path)
+    assert {"second", "third"} <= tables_of(path)
 
 
 async def test_opening_again_migrates_nothing_and_loses_nothing(path: Path) -> None:
