@@ -322,15 +322,27 @@ class Tracker:
             self.schedule(watch, anyio.current_time() + wait_s, pressing=pressing)
 
     def listed(self, watch: Watch, task: Task, *, asked_at: float) -> None:
-        """Take in what a page of the list showed; an end without images is confirmed by a look."""
+        """Take in what a page of the list showed; any end but one with all images is confirmed by a look."""
         if watch.ended.is_set() or asked_at < watch.seen_at:
             return
-        wait_s = self._seen(watch, task, asked_at=asked_at, is_last_word=False)
-        if not watch.ended.is_set() and task.status in _ENDING and not watch.pressing:
-            self.schedule(watch, anyio.current_time() + min(wait_s, AGAIN_S), pressing=True)
+        verdict = self._take_in(watch, task, asked_at=asked_at)
+        if isinstance(verdict, Succeeded):
+            self._end(watch, task, verdict)
+        elif not watch.pressing and (task.status in _ENDING or not isinstance(verdict, Running)):
+            wait_s = self._until_next_s(watch)
+            if task.status in _ENDING:
+                wait_s = min(wait_s, AGAIN_S)
+            self.schedule(watch, anyio.current_time() + wait_s, pressing=True)
 
-    def _seen(self, watch: Watch, task: Task, *, asked_at: float, is_last_word: bool = True) -> float:
+    def _seen(self, watch: Watch, task: Task, *, asked_at: float) -> float:
         """Take in what a look showed; returns the seconds until the next one."""
+        verdict = self._take_in(watch, task, asked_at=asked_at)
+        if not isinstance(verdict, Running):
+            self._end(watch, task, verdict)
+        return self._until_next_s(watch)
+
+    def _take_in(self, watch: Watch, task: Task, *, asked_at: float) -> Verdict | Left:
+        """Note what an answer shows of a task; returns what that means."""
         now = anyio.current_time()
         watch.troubles, watch.unknown_since, watch.unknown_looks = 0, None, 0
         last_seen_at, watch.seen_at = watch.seen_at, asked_at
@@ -338,25 +350,25 @@ class Tracker:
             watch.status, watch.status_since = task.status, now
         # up to the question, not the answer: the machine may have slept before it could read that
         in_status_for_s = max(0.0, asked_at - watch.status_since)
-        verdict = judge(task, images=watch.images, in_status_for_s=in_status_for_s)
-        if isinstance(verdict, Succeeded):
-            if watch.fresh:
-                self._learn(watch, task, over_at=last_seen_at, by_at=now)
-            self._end(watch, task, verdict)
-        elif not is_last_word:
-            pass
-        elif not isinstance(verdict, Running):
-            self._end(watch, task, verdict)
-        elif in_status_for_s > stuck_after_s(task.status, self.durations[watch.tool].longest_s):
+        verdict: Verdict | Left = judge(task, images=watch.images, in_status_for_s=in_status_for_s)
+        if isinstance(verdict, Succeeded) and watch.fresh:
+            self._learn(watch, task, over_at=last_seen_at, by_at=now)
+        if isinstance(verdict, Running) and in_status_for_s > stuck_after_s(
+            task.status, self.durations[watch.tool].longest_s
+        ):
             reason = f"the task is stuck: it does not move on from {task.status or 'having no status'}"
-            self._end(watch, task, Left(reason, is_stuck=True))
+            verdict = Left(reason, is_stuck=True)
         if task.status in QUEUED:
             watch.begun_at = max(watch.begun_at, asked_at)  # its time has not begun to run
         elif watch.ran_at is None and watch.begun_at > watch.followed_at:
             watch.ran_at = now
-        if task.status in _ENDING:
+        return verdict
+
+    def _until_next_s(self, watch: Watch) -> float:
+        """Seconds until the next look at a task that was just seen."""
+        if watch.status in _ENDING:
             return 1.0  # only its outputs are missing
-        return self._wait_s(watch, now)
+        return self._wait_s(watch, anyio.current_time())
 
     def _wait_s(self, watch: Watch, now: float) -> float:
         """Seconds until the task's next look, if nobody covers it."""

@@ -12,11 +12,11 @@ import pytest
 
 from batchrun import errors
 from batchrun.dispatch.sweep import AGAIN_S, FROM, LEAST_FAILURES, MAX_PAGES, Sweeps
-from batchrun.dispatch.track import BUDGET_PER_S, Tracker
+from batchrun.dispatch.track import BUDGET_PER_S, Left, Tracker
 from batchrun.model import RemoteOutput, Task
-from batchrun.rules.pace import ADVICE_S, BURST
+from batchrun.rules.pace import ADVICE_S, BURST, STUCK_S
 from batchrun.rules.pages import MARGIN, PAGE, Page, best, requests_per_s
-from batchrun.rules.policy import Succeeded, TaskFailed
+from batchrun.rules.policy import ERROR_PATIENCE_S, Succeeded, TaskFailed
 from tests.support.clock import virtual_time
 
 IMAGE = RemoteOutput("0.png", "https://cdn/0.png")
@@ -72,6 +72,8 @@ class Service:
         self.late_s = 0.0
         #: The first so many tasks take so much longer.
         self.slow, self.slower_s = 0, 0.0
+        #: Tasks that never leave this status.
+        self.stays: dict[str, str] = {}
         self.takes_s = 0.02
         self.running = self.most_running = 0
         #: When lists and details were asked for.
@@ -90,6 +92,8 @@ class Service:
         if late_s < 0:
             return Task(str(number), status="task_start")
         self.lag_s.setdefault(str(number), late_s)
+        if str(number) in self.stays:
+            return Task(str(number), status=self.stays[str(number)])
         if self.cancelled:
             return Task(str(number), status="task_cancel")
         if self.fails or late_s < self.late_s:
@@ -246,6 +250,21 @@ async def test_an_end_without_images_is_confirmed_by_a_look() -> None:
     verdicts = await follow_all(service, 100)
     assert {type(verdict) for verdict in verdicts} == {TaskFailed}
     assert service.details >= 100
+
+
+@pytest.mark.parametrize(
+    ("status", "within_s"), [("task_error", ERROR_PATIENCE_S), ("task_start", STUCK_S[0])]
+)
+@virtual_time
+async def test_tasks_that_never_end_are_given_up_though_pages_show_them_all_the_time(
+    status: str, within_s: float
+) -> None:
+    service = Service()
+    service.stays = {"7": status, "8": status, "9": status}  # side by side pages are cheaper to the end
+    with anyio.fail_after(60 + within_s):
+        verdicts = await follow_all(service, 100)
+    kinds = [type(verdict) for verdict in verdicts if verdict != Succeeded()]
+    assert kinds == [TaskFailed if status == "task_error" else Left] * 3
 
 
 @virtual_time
