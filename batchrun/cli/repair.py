@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from batchrun.repair import Repaired
+    from batchrun.repair.repair import Repaired
     from batchrun.report.words import Line
 
 
@@ -31,7 +31,7 @@ def repair(folder: Path, fetch_missing: bool) -> int:
 
     Exit code: 0 repaired, or nothing was wrong.
     """
-    from batchrun.repair import repair as mend
+    from batchrun.repair.repair import repair as mend
     from batchrun.report.talk import Talk
     from batchrun.report.words import near, plain
     from batchrun.store.folder import Folder

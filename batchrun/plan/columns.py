@@ -162,6 +162,46 @@ class _Column(dict[Any, str]):
         return text
 
 
+def _are_named_alike(
+    columns: Sequence[str], parameters: Sequence[str], id_at: int | None, laid_in: Mapping[str, str]
+) -> bool:
+    """Whether columns have the names of what they hold."""
+    alike = (
+        name in ("", column) if at != id_at else column == "id"
+        for at, (column, name) in enumerate(zip(columns, parameters, strict=True))
+    )
+    return all(alike) and all(name == column for name, column in laid_in.items())
+
+
+def _fixed(
+    set_values: Mapping[str, Cell],
+    held: Collection[str],
+    binder: Binder,
+    read_image: ReadImage,
+    *,
+    is_table: bool,
+) -> dict[str, Value | LocalImage]:
+    """What `--set` gives to every row, since none of the values `held` by its own is that.
+
+    Raises Refused where it decides on other values, or others on it, and where a value is still missing.
+    """
+    cells = {
+        name: cell
+        for name, cell in set_values.items()
+        if name not in held and not gives_nothing(cell, blank_is_default=is_table)
+    }
+    if any(binder.expandable(name, cell) for name, cell in cells.items()):
+        raise Refused("rows of this header stand for several requests each")
+    fixed = {name: binder.reader(name, read_image)(cell) for name, cell in cells.items()}
+    alone = all(
+        not isinstance(value, LocalImage) and binder.stands_alone(name, value)
+        for name, value in fixed.items()
+    )
+    if not alone or not binder.required <= {*held, *fixed}:
+        raise Refused("rows of this header are looked at one by one")
+    return fixed
+
+
 class Columns:
     """Binds blocks of one header for one tool."""
 
@@ -182,12 +222,11 @@ class Columns:
         max_images: int,
     ) -> None:
         """`parameters`: what each column holds, "" for none. `header`: the columns of a table and of its
-        expansion; None: JSON. `laid_in`: the columns in which what is laid
-        over a row would stand, by parameter.
+        expansion; None: JSON. `laid_in`: the columns in which what is laid over a row would stand, by
+        parameter.
 
         Raises Refused or ManifestError when no row of this header is simple.
         """
-
         is_table = header is not None
 
         def column(name: str) -> _Column:
@@ -209,35 +248,14 @@ class Columns:
         #: What an expansion lays over each row, a request each; one that is empty without.
         self.laid = laid
         self._laid_in = laid_in
-        #: Whether columns have the names of what they hold, so that a row can be told from what it gives;
-        #: rows of JSON have their columns in an order of their own.
-        self._is_plain = (
-            all(
-                name in ("", column) if at != id_at else column == "id"
-                for at, (column, name) in enumerate(zip(columns, parameters, strict=True))
-            )
-            and all(name == laid_in[name] for name in laid_in)
-            and (is_table or not id_at)
-        )
+        #: Whether a row can be told from what it gives; JSON has its columns in any order.
+        self._is_plain = _are_named_alike(columns, parameters, id_at, laid_in) and (is_table or not id_at)
         self._columns = [column(name) for name in parameters if name]
         self._at = [at for at, name in enumerate(parameters) if name]
         held = {column.name for column in self._columns} | laid_in.keys()
         if len(held) < len(self._columns) + len(laid_in) or not laid_in.keys().isdisjoint(set_values):
             raise Refused("what is laid over a row is a value of the row's own")
-        fixed = {
-            name: cell
-            for name, cell in set_values.items()
-            if name not in held and not gives_nothing(cell, blank_is_default=is_table)
-        }
-        if any(binder.expandable(name, cell) for name, cell in fixed.items()):
-            raise Refused("rows of this header stand for several requests each")
-        self._fixed = {name: binder.reader(name, read_image)(cell) for name, cell in fixed.items()}
-        alone = all(
-            not isinstance(value, LocalImage) and binder.stands_alone(name, value)
-            for name, value in self._fixed.items()
-        )
-        if not alone or not binder.required <= held | self._fixed.keys():
-            raise Refused("rows of this header are looked at one by one")
+        self._fixed = _fixed(set_values, held, binder, read_image, is_table=is_table)
         self._tail = "".join(f"{dumps(name)}:{dumps(value)}," for name, value in self._fixed.items())
         self._values_laid: dict[str, list[Value | LocalImage | None]] = {}
         #: How many images a row makes, in each of its requests, where no column tells it.

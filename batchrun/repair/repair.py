@@ -10,24 +10,36 @@ new state takes its place in one step.
 from __future__ import annotations
 
 import json
-import math
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from batchrun.errors import OutputCorrupt, StoreDamaged, UsageError
 from batchrun.manifest.job import Job
-from batchrun.model import State, Tool
+from batchrun.model import State
 from batchrun.outputs.disk import disk_errors, sync_folder
 from batchrun.outputs.verify import ImageFacts, Verifier
-from batchrun.plan.identity import HASH_BYTES
+from batchrun.repair.evidence import (
+    KEY,
+    MAX_ROW,
+    NAME,
+    PATH,
+    decimal_or_none,
+    is_sure,
+    is_tool,
+    key_of_line,
+    number_or_none,
+    row_of,
+    state_of,
+    text_or_none,
+    texts,
+    tool_named,
+)
 from batchrun.rules.naming import stem
 from batchrun.rules.rebuild import Rebuilt, rebuilt
 from batchrun.store.damage import check_sound
@@ -35,16 +47,11 @@ from batchrun.store.folder import Folder
 from batchrun.store.rebuilding import FoundRow, FoundRun, Image, Try, write_state
 from batchrun.store.records import dumps
 from batchrun.store.salvage import IS_SURE, Record, Remains, Wreck
-from batchrun.tools.catalog import from_json, to_json
 
 #: The service's clock and ours may differ by that much: tasks are searched for from so long before the run.
 MARGIN_S = 86_400.0
 _NEW = "rebuilt.sqlite3"
 _CHUNK_BYTES = 1 << 20
-_KEY = re.compile(rf"([0-9a-f]{{{2 * HASH_BYTES}}})(\.[1-9][0-9]*)?")
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-_PATH = re.compile(r"images/[0-9]{3,}/[A-Za-z0-9_][A-Za-z0-9._-]*_([0-9]+)\.([a-z0-9]{1,8})")
-_MAX_ROW = 10**12
 
 
 @dataclass(slots=True)
@@ -175,14 +182,14 @@ class _Repair:
     def _read_files(self) -> None:
         for record in _records(self._folder.metadata):
             name = record.get("file_name")
-            if isinstance(name, str) and _PATH.fullmatch(f"images/{name}"):
+            if isinstance(name, str) and PATH.fullmatch(f"images/{name}"):
                 self._metadata[f"images/{name}"] = record
         for record in _records(self._folder.results):
-            key = _key_of_line(record)
+            key = key_of_line(record)
             if key is None:
                 continue
             self._lines[key] = record
-            for owned in (*_texts(record.get("task_ids")), *_texts(record.get("images"))):
+            for owned in (*texts(record.get("task_ids")), *texts(record.get("images"))):
                 self._owners[owned] = key
 
     def _found_run(self, wreck: Wreck) -> FoundRun:
@@ -208,15 +215,15 @@ class _Repair:
     # --- rows ----------------------------------------------------------------------------------------
 
     def _from_state(self, wreck: Wreck) -> Iterator[FoundRow]:
-        tools = {number: text for number, text in wreck.tools().items() if _is_tool(text)}
+        tools = {number: text for number, text in wreck.tools().items() if is_tool(text)}
         for remains in wreck.rows():
-            row = _row_of(remains, tools)
+            row = row_of(remains, tools)
             if row is None or row.seq in self._seqs:
                 continue
             if row.key not in self._lines and self._contradicts(row, remains):
                 continue
             line = self._lines.pop(row.key, None)
-            if self._complete(row, _state_of(remains), line, remains):
+            if self._complete(row, state_of(remains), line, remains):
                 self._count("what could be read of the state")
                 yield row
 
@@ -229,11 +236,11 @@ class _Repair:
     def _from_results(self) -> Iterator[FoundRow]:
         for key, line in self._lines.items():
             seq = line.get("row")
-            if not isinstance(seq, int) or not 0 < seq < _MAX_ROW or seq in self._seqs:
+            if not isinstance(seq, int) or not 0 < seq < MAX_ROW or seq in self._seqs:
                 seq = self._free_number()
             id_, number = line.get("id"), line.get("line")
-            number = number if isinstance(number, int) and 0 <= number < _MAX_ROW else 0
-            known = _KEY.fullmatch(str(line.get("key")))
+            number = number if isinstance(number, int) and 0 <= number < MAX_ROW else 0
+            known = KEY.fullmatch(str(line.get("key")))
             content = bytes.fromhex(known[1]) if known else b""
             row = FoundRow(
                 Rebuilt.LEAVE,
@@ -244,7 +251,7 @@ class _Repair:
                 id_,
                 number,
                 stem(id_, number, key),
-                _tool_named("unknown"),
+                tool_named("unknown"),
             )
             if self._complete(row, None, line, None):
                 self._count(self._folder.results.name)
@@ -257,9 +264,9 @@ class _Repair:
             if path not in self._owners and isinstance(record.get("id"), str) and record["id"]:
                 by_id.setdefault(record["id"], []).append(path)
         for id_, paths in by_id.items():
-            tasks = dict.fromkeys(_texts([self._metadata[path].get("task_id") for path in paths]))
+            tasks = dict.fromkeys(texts([self._metadata[path].get("task_id") for path in paths]))
             line = {"status": "done", "id": id_, "images": paths, "task_ids": list(tasks)}
-            costs = [_decimal(self._metadata[path].get("cost_usd")) for path in paths]
+            costs = [decimal_or_none(self._metadata[path].get("cost_usd")) for path in paths]
             line["cost_usd"] = f"{sum((cost for cost in costs if cost is not None), Decimal(0)):f}"
             key = f"id:{id_}"
             row = FoundRow(
@@ -271,7 +278,7 @@ class _Repair:
                 id_,
                 0,
                 stem(id_, 0, key),
-                _tool_named("unknown"),
+                tool_named("unknown"),
             )
             if self._complete(row, None, line, None):
                 self._count("images/metadata.jsonl")
@@ -290,9 +297,9 @@ class _Repair:
         told = str(line.get("status")) if line else None
         failed = (State.FAILED, State.CANCELLED)
         if line and told in failed and stored not in failed:
-            row.cause = _text_or_none(line.get("cause")) or "unknown"
-            row.message = _text_or_none(line.get("error")) or ""
-        images = _texts(line.get("images")) if line and told == State.DONE else []
+            row.cause = text_or_none(line.get("cause")) or "unknown"
+            row.message = text_or_none(line.get("error")) or ""
+        images = texts(line.get("images")) if line and told == State.DONE else []
         if not images and remains is not None:
             images = [
                 output["path"]
@@ -302,7 +309,7 @@ class _Repair:
                 and isinstance(output.get("path"), str)
             ]
         is_done = State.DONE in (stored, told)
-        told_tasks = _texts(line.get("task_ids")) if line else []
+        told_tasks = texts(line.get("task_ids")) if line else []
         newer = line is not None and any(
             attempt.get("open") == 1
             and attempt[IS_SURE]
@@ -312,7 +319,7 @@ class _Repair:
         refetch = is_done and not self._take_images(row, images, remains)
         self._take_tasks(row, told_tasks, line)
         # of tasks whose records disagree nothing is known: an older one is not the newest
-        has_task = bool(row.tries) and (remains is None or _is_sure(remains))
+        has_task = bool(row.tries) and (remains is None or is_sure(remains))
         row.standing = rebuilt(
             stored=stored,
             told=told,
@@ -329,7 +336,7 @@ class _Repair:
         self._tasks.update(one.task_id for one in row.tries)
         for path in images:
             self._owners[path] = row.key
-        row.settled = row.settled or _MAX_ROW + row.seq
+        row.settled = row.settled or MAX_ROW + row.seq
         return True
 
     def _take_tasks(self, row: FoundRow, told: list[str], line: Record | None) -> None:
@@ -337,7 +344,7 @@ class _Repair:
         known = {one.task_id: one for one in row.tries}
         ids = [*(id_ for id_ in told if id_ not in known), *known]
         row.tries = [known.get(id_) or Try(id_) for id_ in ids if id_ not in self._tasks]
-        cost = _decimal(line.get("cost_usd")) if line else None
+        cost = decimal_or_none(line.get("cost_usd")) if line else None
         if row.tries and cost is not None and not known:
             row.tries[-1].cost_usd = f"{cost:f}"
 
@@ -350,7 +357,7 @@ class _Repair:
         stored = {output.get("path"): output for output in (remains.outputs if remains else ())}
         is_whole = True
         for path in paths:
-            match = _PATH.fullmatch(path)
+            match = PATH.fullmatch(path)
             if match is None:
                 return False
             metadata, output = self._metadata.get(path, {}), stored.get(path, {})
@@ -378,13 +385,13 @@ class _Repair:
                     path=path,
                     sha256=image[0],
                     size_bytes=image[1],
-                    media_type=seen.media_type if seen else _text_or_none(output.get("media_type")),
+                    media_type=seen.media_type if seen else text_or_none(output.get("media_type")),
                     width_px=seen.width_px
                     if seen
-                    else _number_or_none(metadata.get("width"), output.get("width_px")),
+                    else number_or_none(metadata.get("width"), output.get("width_px")),
                     height_px=seen.height_px
                     if seen
-                    else _number_or_none(metadata.get("height"), output.get("height_px")),
+                    else number_or_none(metadata.get("height"), output.get("height_px")),
                 )
             )
         if remains is None:
@@ -394,7 +401,7 @@ class _Repair:
     def _learn_request(self, row: FoundRow, metadata: Record, path: str) -> None:
         """What an image's metadata tell of its row; the manifest will tell it better."""
         name = path.rpartition("/")[2].rpartition("_")[0]
-        row.name = name if _NAME.fullmatch(name) else row.name
+        row.name = name if NAME.fullmatch(name) else row.name
         row.images = len(row.outputs)
         parameters, extra = metadata.get("parameters"), metadata.get("extra")
         if isinstance(parameters, dict):
@@ -402,7 +409,7 @@ class _Repair:
         if isinstance(extra, dict):
             row.extra = dumps(extra)
         if isinstance(metadata.get("tool"), str):
-            row.tool = _tool_named(metadata["tool"])
+            row.tool = tool_named(metadata["tool"])
 
 
 # --- reading records --------------------------------------------------------------------------------
@@ -418,156 +425,6 @@ def _records(path: Path) -> Iterator[Record]:
                 record = json.loads(line)
                 if isinstance(record, dict):
                     yield record
-
-
-def _key_of_line(record: Mapping[str, Any]) -> str | None:
-    """The key of the row that a result line is about; None when it does not tell."""
-    id_ = record.get("id")
-    if isinstance(id_, str) and id_:
-        return f"id:{id_}"
-    key = record.get("key")
-    return key if isinstance(key, str) and "." in key and _KEY.fullmatch(key) else None
-
-
-def _row_of(remains: Remains, tools: Mapping[int, str]) -> FoundRow | None:
-    """A row of the damaged state, if its record makes sense."""
-    record = remains.row
-    seq, key, content, id_ = (record.get(name) for name in ("seq", "key", "content", "id"))
-    line, name, own = record.get("line"), record.get("name"), record.get("own")
-    if not (
-        isinstance(seq, int)
-        and 0 < seq < _MAX_ROW
-        and isinstance(content, bytes)
-        and len(content) == HASH_BYTES
-        and isinstance(line, int)
-        and isinstance(name, str)
-        and _NAME.fullmatch(name)
-        and _state_of(remains) is not None
-    ):
-        return None
-    if isinstance(id_, str):
-        is_consistent = key == f"id:{id_}"
-    else:
-        match = _KEY.fullmatch(key) if isinstance(key, str) else None
-        is_consistent = id_ is None and match is not None and match[1] == content.hex() and bool(match[2])
-    if not is_consistent or not isinstance(key, str):
-        return None
-    given, extra, generation = record.get("given"), record.get("extra"), record.get("generation")
-    images, settled = record.get("images"), record.get("settled")
-    tool = tools.get(record["tool"]) if isinstance(record.get("tool"), int) else None
-    is_request = tool is not None and _is_object(given)
-    row = FoundRow(
-        Rebuilt.LEAVE,
-        seq,
-        key,
-        content,
-        own if isinstance(own, bytes) and len(own) == HASH_BYTES else content,
-        id_,
-        line,
-        name,
-        tool if is_request and tool is not None else _tool_named("unknown"),
-        given=str(given) if is_request else "{}",
-        extra=str(extra) if _is_object(extra) else "{}",
-        images=images if isinstance(images, int) and 0 <= images < _MAX_ROW else 0,
-        present=record.get("present") != 0,
-        generation=generation if isinstance(generation, int) and 0 <= generation < _MAX_ROW else 0,
-        cause=_text_or_none(record.get("cause")),
-        message=_text_or_none(record.get("message")),
-        cells=remains.cells
-        if _is_object(remains.cells) or (is_request and _is_patch(remains.cells))
-        else None,
-        settled=settled if isinstance(settled, int) and 0 < settled < _MAX_ROW else 0,
-    )
-    for output in remains.outputs:
-        older, path, index = output.get("generation"), output.get("path"), output.get("number")
-        if not (isinstance(older, int) and isinstance(index, int) and isinstance(path, str)):
-            continue
-        if older < row.generation and output.get("state") == "saved" and _PATH.fullmatch(path):
-            row.older.append((older, Image(index, path, str(output.get("sha256") or ""), 0)))
-    for attempt in remains.attempts:
-        task_id = attempt.get("task_id")
-        if isinstance(task_id, str) and task_id and attempt[IS_SURE]:
-            cost = _decimal(attempt.get("cost_usd"))
-            seconds = _decimal(attempt.get("seconds"))
-            row.tries.append(
-                Try(
-                    task_id,
-                    attempt["token"] if isinstance(attempt.get("token"), str) else "",
-                    str(attempt.get("status") or ""),
-                    _text_or_none(attempt.get("pexit")),
-                    None if cost is None else f"{cost:f}",
-                    None if seconds is None else f"{seconds:f}",
-                    str(attempt.get("error") or ""),
-                )
-            )
-    return row
-
-
-def _is_sure(remains: Remains) -> bool:
-    """Whether the newest task of a row is known for certain."""
-    return not remains.attempts or remains.attempts[-1][IS_SURE]
-
-
-def _state_of(remains: Remains) -> State | None:
-    try:
-        return State(str(remains.row.get("state")))
-    except ValueError:
-        return None
-
-
-def _is_object(text: Any) -> bool:
-    return isinstance(_json_of(text), dict)
-
-
-def _is_patch(text: Any) -> bool:
-    """Whether it is what a row changes of what it gives (records.given_back)."""
-    match _json_of(text):
-        case [dict()]:
-            return True
-    return False
-
-
-def _json_of(text: Any) -> Any:
-    try:
-        return json.loads(text) if isinstance(text, str) else None
-    except (ValueError, RecursionError):
-        return None
-
-
-def _is_tool(text: str) -> bool:
-    try:
-        from_json(json.loads(text))
-    except Exception:  # a description with a flipped bit may be wrong in any way
-        return False
-    return True
-
-
-def _tool_named(slug: str) -> str:
-    """A description that stands for a tool of which only the name is known: it sends what a row gives."""
-    return dumps(to_json(Tool(slug, f"/Run/unknown/{slug}", slug, "", (), ())))
-
-
-def _texts(value: Any) -> list[str]:
-    return [item for item in value if isinstance(item, str) and item] if isinstance(value, list) else []
-
-
-def _text_or_none(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
-
-
-def _number_or_none(*values: Any) -> int | None:
-    return next((value for value in values if type(value) is int and 0 < value < _MAX_ROW), None)
-
-
-def _decimal(value: Any) -> Decimal | None:
-    """A sum of money or a time as told; None when it is none."""
-    if not isinstance(value, str):
-        return None
-    try:
-        number = Decimal(value)
-    except InvalidOperation:
-        return None
-    return number if number.is_finite() and number >= 0 and math.isfinite(float(number)) else None
 
 
 def _look(path: Path, wanted: set[str]) -> tuple[tuple[str, int] | None, ImageFacts | bool]:

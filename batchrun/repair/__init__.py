@@ -1,0 +1,1 @@
+"""Rebuilding a run from what is left of it: what the remains say (`evidence`), and the deeds (`repair`)."""
