@@ -33,6 +33,8 @@ from batchrun.rules.recovery import (
 PAGE = 100
 #: The listing is read back this many pages at most: a night's tasks.
 MAX_PAGES = 500
+#: So often in a row a page may not go on where the one before ended.
+MAX_GAPS = 20
 #: Doubts held against a listing before others on the event loop get their turn.
 AT_ONCE = 50
 #: Between two readings of the listing.
@@ -184,30 +186,42 @@ class Doubts:
     ) -> AsyncGenerator[tuple[Listing, list[_Case]], None]:
         """The listing as it grows, each time with the cases that it reaches back far enough for.
 
-        It is read back to before the oldest doubt, and on to a task of ours where absence may be concluded.
+        It is read back to before the oldest doubt, and on to a task of ours where absence may be concluded,
+        without a gap: each page shows the last task of the one before, or is asked for at another place.
         New doubts need not wait for that: they are told of on the way, and all that are left at the end.
         """
         tasks: dict[str, Task] = {}
-        to_the_end, was_full, start, next_at = False, False, 0, 1
+        to_the_end, start, last, gaps, next_at = False, 0, "", 0, 1
         reached: list[_Case] = []
         ahead = list(cases)
         ours_expected = await self._known_task() is not None
         to_ours = ours_expected and any(begun_at >= case.lost_at + GRACE_S for case in cases)
         for number in range(1, MAX_PAGES + 1):
             found = await self._page(start)
-            start += len(found)  # a page may be shorter than asked for
-            if not found:
-                # an empty page tells the end; right after a full one it may as well be a fault
-                to_the_end = not was_full
+            if not found and start == 0:
+                to_the_end = True
                 break
+            is_known = [task.id in tasks for task in found]
+            if last and all(task.id != last for task in found):
+                # places have shifted: tasks were made meanwhile, or an answer left the newest out (or all)
+                gaps += 1
+                if gaps > MAX_GAPS:
+                    break
+                start = start + len(found) - 1 if any(is_known) else max(0, start - PAGE // 2)
+                continue
+            if all(is_known) and len(found) < PAGE and not await self._page(start + len(found)):
+                to_the_end = True
+                break
+            gaps = gaps if all(is_known) else 0
             tasks |= {task.id: task for task in found if task.id not in tasks}
-            was_full = len(found) >= PAGE
+            last = found[-1].id
             page = Listing(found, begun_at, False, set())
             ahead, before = [], ahead
             for case in before:
                 (reached if page.reaches(case.doubt) else ahead).append(case)
             if not ahead and not (to_ours and not await self._known_tasks(list(tasks))):
                 break
+            start += len(found) - 1  # a page may be shorter than asked for
             if reached and number >= next_at:
                 yield await self._listing(tasks, begun_at, False, ours_expected), reached
                 reached, next_at = [], 2 * number

@@ -141,7 +141,7 @@ async def test_a_new_doubt_does_not_wait_until_the_list_is_read_back_to_before_a
         group.start_soon(settle, "new", lost(after=4999))
         group.start_soon(settle, "absent", lost("a dog", after=4950))
     assert [answer for answer, _ in answers.values()] == [Adopt(task), Absent(), Absent()]
-    assert {name: pages for name, (_, pages) in answers.items()} == {"new": 2, "absent": 2, "old": 50}
+    assert {name: pages for name, (_, pages) in answers.items()} == {"new": 2, "absent": 2, "old": 51}
 
 
 @virtual_time
@@ -179,6 +179,48 @@ async def test_a_list_in_short_pages_is_read_on_where_it_broke_off() -> None:
     task = account.add(11, prompt="a cat")
     async with settling(account) as doubts:
         assert await doubts.settle(lost(), lost_at=anyio.current_time(), busy=never) == Adopt(task)
+
+
+@pytest.mark.parametrize("hidden", [60, 150, 400])
+@pytest.mark.parametrize("every", [2, 3])
+@virtual_time
+async def test_a_list_that_now_and_then_leaves_the_newest_out_is_read_without_a_gap(
+    hidden: int, every: int
+) -> None:
+    class Lagging(Account):
+        asked = 0
+
+        async def list_tasks(self, *, start: int = 0, limit: int = 100) -> list[Task]:
+            self.asked += 1
+            skipped = hidden if self.asked % every == 0 else 0  # answered by a copy that is behind
+            return await super().list_tasks(start=start + skipped, limit=limit)
+
+    for number in (880, 850, 801, 750, 640, 501):
+        account = Lagging(*range(10, 1001), known=[15, 990])
+        task = account.add(number, prompt="a cat")
+        async with settling(account) as doubts:
+            lost_at = anyio.current_time() - GRACE_S
+            assert await doubts.settle(lost(after=12), lost_at=lost_at, busy=never) == Adopt(task)
+        absent = Lagging(*range(10, 1001), known=[15, 990])
+        async with settling(absent) as doubts:
+            lost_at = anyio.current_time() - GRACE_S
+            assert await doubts.settle(lost(after=12), lost_at=lost_at, busy=never) == Absent()
+
+
+@pytest.mark.parametrize("growth", [1, 30, 70])
+@virtual_time
+async def test_a_list_that_grows_while_it_is_read_is_read_to_its_end(growth: int) -> None:
+    class Growing(Account):
+        async def list_tasks(self, *, start: int = 0, limit: int = 100) -> list[Task]:
+            for _ in range(growth):
+                self.add(max(map(int, self.tasks)) + 1, prompt="another")
+            return await super().list_tasks(start=start, limit=limit)
+
+    account = Growing(*range(10, 500), known=[15, 490])
+    task = account.add(9, prompt="a cat")
+    async with settling(account) as doubts:
+        lost_at = anyio.current_time() - GRACE_S
+        assert await doubts.settle(lost(after=0), lost_at=lost_at, busy=never) == Adopt(task)
 
 
 @virtual_time
