@@ -94,13 +94,14 @@ class Slots:
             self._tries.over(anyio.current_time())
         self._hand_out()
 
-    def refused(self, told: int | None) -> None:
-        """Code 96: the service has no slot for the caller, who still holds one of ours.
+    def refused(self, told: int | None) -> bool:
+        """Code 96: the service has no slot for the caller, who still holds one of ours; whether it was a try.
 
         Others may use the account too, so the limit becomes what we were able to hold, the service's own
         number at most.
         """
         now = anyio.current_time()
+        was_trying = self._tries.is_trying
         self._refusals += 1
         self._growing = False
         held = self.in_use - 1
@@ -112,6 +113,7 @@ class Slots:
             wait_s = backoff_s(min(self._refusals, 5), base_s=2.0, cap_s=30.0, rng=self._rng)
             self._closed_until = now + max(0.5, wait_s)
         self._wake_first()
+        return was_trying
 
     def accepted(self) -> None:
         """A submit was accepted: the service is not full."""
@@ -234,10 +236,10 @@ class Slot:
             await self._slots.take(first=self._was_refused)
             self.is_held, self._was_refused = True, False
 
-    def refused(self, told: int | None) -> None:
-        """The service refused the submit (code 96); `told` is the limit it named."""
-        self._slots.refused(told)
+    def refused(self, told: int | None) -> bool:
+        """The service refused the submit (code 96); `told` is the limit it named. Whether it was a try."""
         self._was_refused = True
+        return self._slots.refused(told)
 
     def take_anyway(self) -> None:
         """Hold a slot for a task that may be active already, even beyond the limit."""

@@ -228,8 +228,8 @@ class Submitter:
         has_slot = False
         try:
             if isinstance(decision, WaitForSlot):
-                await self._adopt(decision, slot)
-                has_slot = await self._regains(slot)
+                was_try = await self._adopt(decision, slot)
+                has_slot = was_try and await self._regains(slot)
         finally:
             if not has_slot:
                 with anyio.CancelScope(shield=True):  # it certainly made no task, and is to be no doubt
@@ -257,19 +257,21 @@ class Submitter:
         self._missing_tools[row.tool] = decision.failure if confirmed else None
         return confirmed
 
-    async def _adopt(self, full: WaitForSlot, slot: Slot) -> None:
-        """Let every row know that the account is full, and remember the limit that the service told."""
+    async def _adopt(self, full: WaitForSlot, slot: Slot) -> bool:
+        """Let every row know that the account is full, and remember the limit told; whether it was a try."""
         self._gate.open()
-        slot.refused(full.limit)
+        was_try = slot.refused(full.limit)
         if full.limit is not None and full.limit != self._told_limit:
             await self._store.adopt_limit(full.limit)
             self._told_limit = full.limit
         self._progress.announce(Fact.LIMIT, limit=self._slots.limit, told=full.limit)
+        return was_try
 
     async def _regains(self, slot: Slot) -> bool:
         """Whether the row has a slot again soon: then a try costs no new record of its intent.
 
-        Not for longer: what is found as submitting after a crash has to be looked up.
+        Only for tries, which are one at a time, and not for longer: what is found as submitting after a crash
+        has to be looked up.
         """
         slot.give()
         with self._sign.wait(), anyio.move_on_after(KEEP_INTENT_S):
