@@ -269,8 +269,9 @@ def backoff_s(attempt: int, *, base_s: float, cap_s: float, rng: Random) -> floa
 DOWNLOAD_PATIENCE_S = 600.0
 #: An address that stays dead through fresh look-ups for this long is given up.
 GONE_PATIENCE_S = 120.0
-#: Whole fetches that bring damaged bytes.
-MAX_DAMAGED = 5
+#: An image is given up as damaged after so many whole fetches of damaged bytes (or web pages) over so long: a
+#: file that is damaged stays so, a CDN in trouble recovers.
+MAX_DAMAGED, DAMAGED_PATIENCE_S = 5, 60.0
 
 
 #: At first, and at most.
@@ -314,7 +315,7 @@ def after_download(
         ):
             return Refetch(0.0, accept_sha256=error.sha256)
         case errors.OutputCorrupt():
-            if troubles >= MAX_DAMAGED:
+            if troubles >= MAX_DAMAGED and elapsed_s >= DAMAGED_PATIENCE_S:
                 return Fail(Failure("image damaged", f"damaged in {troubles} fetches, the last one: {error}"))
             return Refetch(wait_s)
         case errors.NotSent() | errors.ReplyLost() | errors.ServerFault() | errors.ProtocolError():

@@ -160,6 +160,7 @@ async def test_an_image_that_cannot_be_had_fails_its_row_and_a_retry_fetches_it_
 ) -> None:
     monkeypatch.setattr("batchrun.rules.policy.DOWNLOAD_PATIENCE_S", 0.2)
     monkeypatch.setattr("batchrun.rules.policy.MAX_DAMAGED", 2)
+    monkeypatch.setattr("batchrun.rules.policy.DAMAGED_PATIENCE_S", 0.2)
     job = job_of(write_rows(tmp_path / "m.csv", 2), regenerate_lost=True)
     async with Simulator(seconds=0.05, faults=[fault]) as sim:
         outcome = await whole_all_along(sim, job)

@@ -13,6 +13,7 @@ from batchrun import errors
 from batchrun.model import Failure, RemoteOutput, State, Task
 from batchrun.rules.policy import (
     BALANCE,
+    DAMAGED_PATIENCE_S,
     DOWNLOAD_PATIENCE_S,
     ERROR_PATIENCE_S,
     GONE_PATIENCE_S,
@@ -281,13 +282,13 @@ def _corrupt(reason: str) -> errors.OutputCorrupt:
         (
             _corrupt("etag"),
             MAX_DAMAGED,
-            0.0,
+            DAMAGED_PATIENCE_S,
             Fail(Failure("image damaged", f"damaged in {MAX_DAMAGED} fetches, the last one: wrong")),
         ),
         (
             _corrupt("structure"),
             MAX_DAMAGED,
-            0.0,
+            DAMAGED_PATIENCE_S,
             Fail(Failure("image damaged", f"damaged in {MAX_DAMAGED} fetches, the last one: wrong")),
         ),
         # patience has an end, and what was paid for can still be fetched by retry
@@ -317,6 +318,13 @@ def test_after_a_failed_download(
 )
 def test_trouble_with_a_download_is_waited_out(error: errors.BatchrunError) -> None:
     decision = after_download(error, troubles=2, elapsed_s=10.0, rng=Random(0))
+    assert isinstance(decision, Refetch)
+    assert 0 <= decision.after_s <= 30
+
+
+def test_a_cdn_that_serves_web_pages_for_a_while_makes_no_damaged_images() -> None:
+    error = errors.OutputCorrupt("the file is not an image but a web page", reason="html")
+    decision = after_download(error, troubles=50, elapsed_s=DAMAGED_PATIENCE_S - 1, rng=Random(0))
     assert isinstance(decision, Refetch)
     assert 0 <= decision.after_s <= 30
 
