@@ -16,6 +16,7 @@ import anyio
 import anyio.lowlevel
 
 from batchrun import errors
+from batchrun.dispatch.backwards import PAGE, Backwards
 from batchrun.model import Task
 from batchrun.rules.recovery import (
     GRACE_S,
@@ -30,11 +31,8 @@ from batchrun.rules.recovery import (
     task_number,
 )
 
-PAGE = 100
 #: The listing is read back this many pages at most: a night's tasks.
 MAX_PAGES = 500
-#: So often in a row a page may not go on where the one before ended.
-MAX_GAPS = 20
 #: Doubts held against a listing before others on the event loop get their turn.
 AT_ONCE = 50
 #: Between two readings of the listing.
@@ -186,47 +184,29 @@ class Doubts:
     ) -> AsyncGenerator[tuple[Listing, list[_Case]], None]:
         """The listing as it grows, each time with the cases that it reaches back far enough for.
 
-        It is read back to before the oldest doubt, and on to a task of ours where absence may be concluded,
-        without a gap: each page shows the last task of the one before, or is asked for at another place.
+        It is read back to before the oldest doubt, and on to a task of ours where absence may be concluded.
         New doubts need not wait for that: they are told of on the way, and all that are left at the end.
         """
-        tasks: dict[str, Task] = {}
-        to_the_end, start, last, gaps, next_at = False, 0, "", 0, 1
+        listed = Backwards(self._page)
         reached: list[_Case] = []
-        ahead = list(cases)
+        ahead, next_at = list(cases), 1
         ours_expected = await self._known_task() is not None
         to_ours = ours_expected and any(begun_at >= case.lost_at + GRACE_S for case in cases)
         for number in range(1, MAX_PAGES + 1):
-            found = await self._page(start)
-            if not found and start == 0:
-                to_the_end = True
+            found = await listed.more()
+            if found is None:
                 break
-            is_known = [task.id in tasks for task in found]
-            if last and all(task.id != last for task in found):
-                # places have shifted: tasks were made meanwhile, or an answer left the newest out (or all)
-                gaps += 1
-                if gaps > MAX_GAPS:
-                    break
-                start = start + len(found) - 1 if any(is_known) else max(0, start - PAGE // 2)
-                continue
-            if all(is_known) and len(found) < PAGE and not await self._page(start + len(found)):
-                to_the_end = True
-                break
-            gaps = gaps if all(is_known) else 0
-            tasks |= {task.id: task for task in found if task.id not in tasks}
-            last = found[-1].id
             page = Listing(found, begun_at, False, set())
             ahead, before = [], ahead
             for case in before:
                 (reached if page.reaches(case.doubt) else ahead).append(case)
-            if not ahead and not (to_ours and not await self._known_tasks(list(tasks))):
+            if not ahead and not (to_ours and not await self._known_tasks(list(listed.tasks))):
                 break
-            start += len(found) - 1  # a page may be shorter than asked for
             if reached and number >= next_at:
-                yield await self._listing(tasks, begun_at, False, ours_expected), reached
+                yield await self._listing(listed.tasks, begun_at, False, ours_expected), reached
                 reached, next_at = [], 2 * number
         left = [case for case in cases if not case.settled.is_set()]
-        yield await self._listing(tasks, begun_at, to_the_end, ours_expected), left
+        yield await self._listing(listed.tasks, begun_at, listed.is_at_end, ours_expected), left
 
     async def _listing(
         self, tasks: Mapping[str, Task], begun_at: float, to_the_end: bool, ours_expected: bool

@@ -17,7 +17,8 @@ from typing import Any
 import anyio
 
 from batchrun import errors
-from batchrun.dispatch.doubts import BETWEEN_S, PAGE, Listings
+from batchrun.dispatch.backwards import PAGE, Backwards
+from batchrun.dispatch.doubts import BETWEEN_S, Listings
 from batchrun.model import Accepted, Failure, LocalImage, Row, State, Task, Value
 from batchrun.progress import Fact, Progress
 from batchrun.rules.policy import Running, Succeeded, judge
@@ -183,30 +184,23 @@ class Search:
 
     async def _read(self, wanted: Wanted) -> _Read:
         """Read the list back to before the run, or to its end. Raises ServiceError."""
-        read, seen = _Read(), set[str]()
-        start, was_full, empty = 0, False, 0
-        while True:
-            page = await self._page(start)
-            if not page:
-                # right after a full page an empty one may as well be a fault
-                empty += 1
-                if not was_full or empty > 1:
-                    return read
-                await anyio.sleep(BETWEEN_S)
-                continue
-            empty, was_full = 0, len(page) >= PAGE
-            start += PAGE
-            fresh = [task for task in page if task.id not in seen]
-            seen.update(task.id for task in fresh)
-            self._take(
-                read, fresh, await self._store.known_tasks([task.id for task in fresh]) if fresh else {}
-            )
-            if start % (TELL_PAGES * PAGE) == 0:
+        read, pages = _Read(), 0
+        listed = Backwards(self._page)
+        while (fresh := await listed.more()) is not None:
+            if fresh:
+                self._take(read, fresh, await self._store.known_tasks([task.id for task in fresh]))
+            pages += 1
+            if pages % TELL_PAGES == 0:
                 self._note(f"{read.tasks:,} tasks listed so far")
             # newest first, so that all that follow are older still; one odd time ends nothing
-            times = [task.created_at for task in page]
-            if all(at is not None and at < wanted.since - CLOCK_TOLERANCE_S for at in times):
+            times = [task.created_at for task in fresh]
+            if len(times) > 1 and all(
+                at is not None and at < wanted.since - CLOCK_TOLERANCE_S for at in times
+            ):
                 return read
+        if not listed.is_at_end:
+            raise errors.ServerFault("the service's task list shifts its places while it is read")
+        return read
 
     async def _page(self, start: int) -> list[Task]:
         """One page of the list; a fault is waited out for a while."""
