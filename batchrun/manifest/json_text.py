@@ -8,9 +8,7 @@ sent), and nesting deeper than any manifest has reason to.
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Any, NoReturn
@@ -68,34 +66,6 @@ def decode(text: str, start: int = 0) -> tuple[Any, int]:
     if text.find("\\", start, end) >= 0 and _DOUBTFUL_ESCAPE.search(text, start, end):
         check_text(value)
     return value, end
-
-
-#: Stands between texts that are decoded together; none of them can hold it.
-_APART = os.urandom(16).hex()
-_BETWEEN = f',"{_APART}",'
-
-
-def decode_together(texts: Sequence[str]) -> list[Any] | None:
-    """The value of each text, of which each must hold one: as `decode`, at two thirds of the cost.
-
-    None where one of them is anything but plain, and `decode` may tell what is wrong with it.
-    """
-    joined = f"[{_BETWEEN.join(texts)}]"
-    try:
-        values, end = DECODER.raw_decode(joined)
-    except (ValueError, InvalidOperation, RecursionError):
-        return None
-    # a text that begins a list and one that ends it, or one of two values, put what stands between elsewhere
-    is_apart = len(values) == 2 * len(texts) - 1 and values[1::2] == [_APART] * (len(texts) - 1)
-    if end != len(joined) or not is_apart:
-        return None
-    inner = joined.count("[") + joined.count("{") - len(texts)
-    if inner > MAX_DEPTH and any(text.count("[") + text.count("{") > MAX_DEPTH for text in texts):
-        return None
-    if "\\" in joined and _DOUBTFUL_ESCAPE.search(joined):
-        return None
-    each: list[Any] = values[::2]
-    return each
 
 
 def check_depth(value: Any) -> None:

@@ -13,7 +13,7 @@ import csv
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
@@ -43,8 +43,6 @@ _MAX_BROKEN = 1000
 _BLOCK_ROWS = 500
 #: Fewer objects of the same keys in a row are quicker one by one.
 _FEWEST_ROWS = 8
-#: What JSON takes for space.
-_BLANK = " \t\r\n"
 _QUOTED = re.compile(r'"[^"]*+(?:""[^"]*+)*+"')
 _PADDED_QUOTE = re.compile(r'\s+"')
 
@@ -381,46 +379,29 @@ class Manifest:
 
     def _values_by_line(self) -> Iterator[tuple[int, Any]]:
         """The value on each line, or the Problem with it."""
+        decode = json_text.decode
         text = self._text
-        numbers: list[int] = []
-        lines: list[str] = []
-        pieces = text.pieces
-        try:
-            for number, line in enumerate(text.lines(), 1):
-                if line.strip(_BLANK):
-                    numbers.append(number)
-                    lines.append(line)
-                if len(lines) >= _BLOCK_ROWS or pieces != text.pieces:
-                    text.row_line, pieces = number + 1, text.pieces
-                    yield from self._values_of(numbers, lines)
-                    numbers, lines = [], []
-        except Fault:
-            yield from self._values_of(numbers, lines)
-            raise
-        yield from self._values_of(numbers, lines)
-
-    def _values_of(self, numbers: Sequence[int], lines: Sequence[str]) -> Iterable[tuple[int, Any]]:
-        """The values on some lines, or the Problems with them."""
-        values = json_text.decode_together(lines)
-        if values is not None:
-            return zip(numbers, values, strict=True)
-        return [(number, self._value_of(number, line)) for number, line in zip(numbers, lines, strict=True)]
-
-    def _value_of(self, number: int, line: str) -> Any:
-        body = line.strip(_BLANK)
-        try:
-            value, end = json_text.decode(body)
-            if end != len(body):
-                raise json.JSONDecodeError("text follows the value", body, end)
-        except json.JSONDecodeError as error:
-            column = error.pos + len(line) - len(line.lstrip(_BLANK)) + 1
-            advice = ""
-            if body in {"{", "["} or body.startswith("[{"):
-                advice = "; every object must have one line of its own, or write --format json for an array"
-            return self._problem(f"not JSON: {error.msg} (column {column}){advice}", number)
-        except json_text.JsonFault as error:
-            return self._problem(str(error), number)
-        return value
+        for number, line in enumerate(text.lines(), 1):
+            text.row_line = number + 1
+            body = line.strip(" \t\r\n")
+            if not body:
+                continue
+            try:
+                value, end = decode(body)
+                if end != len(body):
+                    raise json.JSONDecodeError("text follows the value", body, end)
+            except json.JSONDecodeError as error:
+                column = error.pos + len(line) - len(line.lstrip(" \t\r\n")) + 1
+                advice = ""
+                if body in {"{", "["} or body.startswith("[{"):
+                    advice = (
+                        "; every object must have one line of its own, or write --format json for an array"
+                    )
+                yield number, self._problem(f"not JSON: {error.msg} (column {column}){advice}", number)
+            except json_text.JsonFault as error:
+                yield number, self._problem(str(error), number)
+            else:
+                yield number, value
 
     def _objects(self, values: Iterator[tuple[int, Any]]) -> Iterator[Block | SourceRow | Problem]:
         """Rows that are objects, together while they have the same keys in the same order."""
