@@ -37,12 +37,12 @@ def measure() -> list[Figure]:
         manifest(place / "rows.csv", ROWS)
         rounds: list[dict[str, Cost]] = []
         with service() as wiro:
+            sides = {
+                "bare": lambda out: loop(place, "bare", out, wiro),
+                "durable": lambda out: loop(place, "durable", out, wiro),
+                "own": lambda out: own_run(place, out, wiro, tasks=AHEAD),
+            }
             for number in range(ROUNDS):  # side by side: a busy moment of the machine strikes all
-                sides = {
-                    "bare": lambda out: loop(place, "bare", out, wiro),
-                    "durable": lambda out: loop(place, "durable", out, wiro),
-                    "own": lambda out: own_run(place, out, wiro, tasks=AHEAD),
-                }
                 names = [*sides] if number % 2 else [*reversed(sides)]
                 rounds.append({name: sides[name](f"{name}-{number}") for name in names})
         manifest(place / "mixed.csv", 20 * LARGE_EVERY)

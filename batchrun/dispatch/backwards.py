@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from batchrun.model import Task
+from batchrun.rules.pages import PAGE
 
-#: What one request lists at most (wiro-api.md, Tracking).
-PAGE = 100
 #: So often in a row a page may not go on where the one before ended, or may show nothing else.
 MAX_GAPS = 20
 
@@ -37,24 +36,23 @@ class Backwards:
 
         Raises what `page` raises.
         """
-        while True:
+        while self._gaps <= MAX_GAPS:
             found = await self._page(self._start)
             if not found and self._start == 0:
                 self.is_at_end = True
                 return None
             news = [task for task in found if task.id not in self.tasks]
-            if self._last is None or any(task.id == self._last for task in found):
-                break
-            self._gaps += 1
-            if self._gaps > MAX_GAPS:
+            if self._last is not None and all(task.id != self._last for task in found):
+                self._gaps += 1
+                further, back = self._start + len(found) - 1, max(0, self._start - PAGE // 2)
+                self._start = further if len(news) < len(found) else back
+                continue
+            if not news and len(found) < PAGE and not await self._page(self._start + len(found)):
+                self.is_at_end = True
                 return None
-            further, back = self._start + len(found) - 1, max(0, self._start - PAGE // 2)
-            self._start = further if len(news) < len(found) else back
-        if not news and len(found) < PAGE and not await self._page(self._start + len(found)):
-            self.is_at_end = True
-            return None
-        self._gaps = 0 if news else self._gaps + 1
-        self.tasks |= {task.id: task for task in news}
-        self._last = found[-1].id
-        self._start += len(found) - 1  # a page may be shorter than asked for
-        return news if self._gaps <= MAX_GAPS else None
+            self._gaps = 0 if news else self._gaps + 1
+            self.tasks |= {task.id: task for task in news}
+            self._last = found[-1].id
+            self._start += len(found) - 1  # a page may be shorter than asked for
+            return news
+        return None

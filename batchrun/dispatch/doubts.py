@@ -16,8 +16,9 @@ import anyio
 import anyio.lowlevel
 
 from batchrun import errors
-from batchrun.dispatch.backwards import PAGE, Backwards
+from batchrun.dispatch.backwards import Backwards
 from batchrun.model import Task
+from batchrun.rules.pages import PAGE
 from batchrun.rules.recovery import (
     GRACE_S,
     LISTING_PATIENCE_S,

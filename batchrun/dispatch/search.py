@@ -17,10 +17,11 @@ from typing import Any
 import anyio
 
 from batchrun import errors
-from batchrun.dispatch.backwards import PAGE, Backwards
+from batchrun.dispatch.backwards import Backwards
 from batchrun.dispatch.doubts import BETWEEN_S, Listings
 from batchrun.model import Accepted, Failure, LocalImage, Row, State, Task, Value
 from batchrun.progress import Fact, Progress
+from batchrun.rules.pages import PAGE
 from batchrun.rules.policy import Running, Succeeded, judge
 from batchrun.rules.recovery import (
     CLOCK_TOLERANCE_S,

@@ -237,9 +237,7 @@ class Submitter:
         if has_slot:
             return row
         self._progress.announce(Fact.WITHDRAWN, row, message=str(error))
-        if isinstance(decision, WaitForSlot):
-            wait_s = 0.0
-        elif is_unsound:
+        if is_unsound:
             wait_s = self._rng.uniform(0.1, 1.0) + backoff_s(own_times, base_s=0.5, cap_s=60.0, rng=self._rng)
         else:
             wait_s = self._learn(decision, probe=probe)
@@ -281,6 +279,8 @@ class Submitter:
     def _learn(self, decision: SubmitDecision, *, probe: bool) -> float:
         """Let every row know what a refusal says of the service; returns this row's own wait in seconds."""
         match decision:
+            case WaitForSlot():
+                pass  # they know (_adopt)
             case Pause():
                 self._gate.shut(decision.reason, probe=probe, after_s=decision.after_s)
             case Stop():

@@ -49,7 +49,7 @@ def row_of(remains: Remains, tools: Mapping[int, str]) -> FoundRow | None:
     tool = tools.get(record["tool"]) if isinstance(record.get("tool"), int) else None
     is_request = tool is not None and _is_object(given)
     is_told = _is_object(remains.cells) or (is_request and _is_patch(remains.cells))
-    generation = _number(record.get("generation"))
+    generation = number_or_none(record.get("generation")) or 0
     return FoundRow(
         Rebuilt.LEAVE,
         record["seq"],
@@ -62,13 +62,13 @@ def row_of(remains: Remains, tools: Mapping[int, str]) -> FoundRow | None:
         tool if is_request and tool is not None else tool_named("unknown"),
         given=str(given) if is_request else "{}",
         extra=str(extra) if _is_object(extra) else "{}",
-        images=_number(record.get("images")),
+        images=number_or_none(record.get("images")) or 0,
         present=record.get("present") != 0,
         generation=generation,
         cause=text_or_none(record.get("cause")),
         message=text_or_none(record.get("message")),
         cells=remains.cells if is_told else None,
-        settled=_number(record.get("settled")),
+        settled=number_or_none(record.get("settled")) or 0,
         older=list(_older_images(remains, generation)),
         tries=list(_tries(remains)),
     )
@@ -128,6 +128,7 @@ def is_sure(remains: Remains) -> bool:
 
 
 def state_of(remains: Remains) -> State | None:
+    """The state that a row's record tells."""
     try:
         return State(str(remains.row.get("state")))
     except ValueError:
@@ -154,6 +155,7 @@ def _json_of(text: Any) -> Any:
 
 
 def is_tool(text: str) -> bool:
+    """Whether it is the description of a tool."""
     try:
         from_json(json.loads(text))
     except Exception:  # a description with a flipped bit may be wrong in any way
@@ -167,14 +169,17 @@ def tool_named(slug: str) -> str:
 
 
 def texts(value: Any) -> list[str]:
+    """The texts in a list; none in anything else."""
     return [item for item in value if isinstance(item, str) and item] if isinstance(value, list) else []
 
 
 def text_or_none(value: Any) -> str | None:
+    """A text that says something."""
     return value if isinstance(value, str) and value else None
 
 
 def number_or_none(*values: Any) -> int | None:
+    """The first whole number from 1 that makes sense."""
     return next((value for value in values if type(value) is int and 0 < value < MAX_ROW), None)
 
 
@@ -187,8 +192,3 @@ def decimal_or_none(value: Any) -> Decimal | None:
     except InvalidOperation:
         return None
     return number if number.is_finite() and number >= 0 and math.isfinite(float(number)) else None
-
-
-def _number(value: Any) -> int:
-    """A number of something; 0 where it makes no sense."""
-    return value if isinstance(value, int) and 0 <= value < MAX_ROW else 0
