@@ -2,6 +2,10 @@
 
 Each prints its table, and leaves its figures in docs/performance/NAME.json. Ratios and counts compare what was
 measured side by side in one round; seconds tell as much about the machine as about us.
+
+No file is deleted before the end: for minutes after thousands were deleted, ext4 passes over each of their inodes
+whenever it makes a file, which can take a millisecond and tells nothing about who made it. So there must be room for
+some 15 GB, and a second measurement within five minutes of the first tells less.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -19,7 +24,7 @@ from pathlib import Path
 
 from bench.figures import Figure, Series, table
 
-#: A module of this package each, with `measure() -> list[Figure | Series]`.
+#: A module of this package each, with `measure(place: Path) -> list[Figure | Series]`; `place` is a folder of its own.
 NAMES = ("startup", "following", "slots", "rows", "downloads", "manifest")
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("docs/performance")
@@ -33,12 +38,15 @@ def main(names: Iterable[str]) -> int:
         return 2
     for part in ("batchrun", "bench"):  # as an installer does: not every start is to compile what was edited
         compileall.compile_dir(ROOT / part, quiet=1)
-    for name in chosen:
-        print(f"## {name}\n", flush=True)
-        found: list[Figure | Series] = importlib.import_module(f"bench.{name}").measure()
-        figures = [one for one in found if isinstance(one, Figure)]
-        print(table(figures) + "\n", flush=True)
-        _keep(name, figures, [one for one in found if isinstance(one, Series)])
+    with tempfile.TemporaryDirectory() as folder:
+        for name in chosen:
+            print(f"## {name}\n", flush=True)
+            place = Path(folder, name)
+            place.mkdir()
+            found: list[Figure | Series] = importlib.import_module(f"bench.{name}").measure(place)
+            figures = [one for one in found if isinstance(one, Figure)]
+            print(table(figures) + "\n", flush=True)
+            _keep(name, figures, [one for one in found if isinstance(one, Series)])
     return 0
 
 

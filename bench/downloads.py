@@ -2,8 +2,7 @@
 
 Both fetch the same addresses from the same server in the same rounds, 16 at once (batchrun's default). Curl
 writes files and does no more, so beside it stands the time until what it wrote is on the disk as well; of
-batchrun the time without the start of Python counts, which a run pays once. All files stay until the end: a file
-system that has just deleted thousands looks for room more slowly, which whoever comes next would pay for.
+batchrun the time without the start of Python counts, which a run pays once.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -29,13 +27,12 @@ ROOT = Path(__file__).parent.parent
 LOADS = (("small", 2000, 0.85), ("large", 20, 0.95))
 
 
-def measure() -> list[Figure]:
+def measure(place: Path) -> list[Figure]:
     """The medians of the ratios of each round; nothing without curl."""
     figures = []
     if shutil.which("curl") is None:
         return []
-    with tempfile.TemporaryDirectory() as name, service() as wiro:
-        place = Path(name)
+    with service() as wiro:
         for image, count, target in LOADS:
             megabytes = IMAGES[image] * count / 1e6
             ratios, synced, speeds, curls, cpu_ms, curl_cpu_ms = [], [], [], [], [], []

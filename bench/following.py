@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, pairwise
+from pathlib import Path
 from random import Random
 from statistics import mean
 from typing import Any
@@ -38,7 +39,7 @@ PRICES_S = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 POINT_TASKS = 3000
 
 
-def measure() -> list[Figure]:
+def measure(_place: Path) -> list[Figure]:
     """Looks, requests and lags, with their targets."""
     with ThreadPoolExecutor(2) as threads:  # both are idle most of the time
         varied = threads.submit(_followed, LOGNORMAL, "detail", active=32, for_s=105.0, drain=True)

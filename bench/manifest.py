@@ -15,7 +15,6 @@ import os
 import random
 import sqlite3
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -70,12 +69,11 @@ def _refusing() -> Iterator[Mapping[str, str]]:
             server.shutdown()
 
 
-def measure() -> list[Figure]:
+def measure(place: Path) -> list[Figure]:
     """The targets, and the points of the curve."""
     points = [*POINTS, *(rows for rows in (int(os.environ.get("BENCH_ROWS") or 0),) if rows)]
     figures = []
-    with tempfile.TemporaryDirectory() as name, _refusing() as env:
-        place = Path(name)
+    with _refusing() as env:
         for rows in points:
             figures += _planned(place, rows, env)
             if rows == POINTS[-1]:

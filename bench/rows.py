@@ -2,15 +2,13 @@
 
 All meet the same prepared answers (`bench.service`): a Run, a Detail, and an image of 200 KB to disk. One loop
 is bare, one durable in the plainest way. Batchrun has as many tasks at once that waiting for the first look at a
-task, which the loops do not do, is not what is measured. All images stay until the end: a file system that has
-just deleted thousands looks for room more slowly, which whoever comes next would pay for.
+task, which the loops do not do, is not what is measured.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from statistics import median
 
@@ -30,31 +28,29 @@ MIXED_RUNS = 3
 ROOT = Path(__file__).parent.parent
 
 
-def measure() -> list[Figure]:
+def measure(place: Path) -> list[Figure]:
     """Rows/s and CPU as the medians of the ratios of each round; memory and stalls of a run of mixed sizes."""
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        manifest(place / "rows.csv", ROWS)
-        rounds: list[dict[str, Cost]] = []
-        with service() as wiro:
-            sides = {
-                "bare": lambda out: loop(place, "bare", out, wiro),
-                "durable": lambda out: loop(place, "durable", out, wiro),
-                "own": lambda out: own_run(place, out, wiro, tasks=AHEAD),
-            }
-            for number in range(ROUNDS):  # side by side: a busy moment of the machine strikes all
-                names = [*sides] if number % 2 else [*reversed(sides)]
-                rounds.append({name: sides[name](f"{name}-{number}") for name in names})
-        manifest(place / "mixed.csv", 20 * LARGE_EVERY)
-        peaks_mb = []
-        for number in range(MIXED_RUNS):
-            with service(large_every=LARGE_EVERY) as wiro:
-                mixed = own_run(place, f"mixed-{number}", wiro, manifest="mixed.csv", tasks=IN_FLIGHT)
-            peaks_mb.append(mixed.peak_mb)
-        with service() as wiro:
-            late = place / "late.json"
-            own_run(place, "stalls", wiro, tasks=IN_FLIGHT, late=late)
-            stalls = sorted(json.loads(late.read_text()))
+    manifest(place / "rows.csv", ROWS)
+    rounds: list[dict[str, Cost]] = []
+    with service() as wiro:
+        sides = {
+            "bare": lambda out: loop(place, "bare", out, wiro),
+            "durable": lambda out: loop(place, "durable", out, wiro),
+            "own": lambda out: own_run(place, out, wiro, tasks=AHEAD),
+        }
+        for number in range(ROUNDS):  # side by side: a busy moment of the machine strikes all
+            names = [*sides] if number % 2 else [*reversed(sides)]
+            rounds.append({name: sides[name](f"{name}-{number}") for name in names})
+    manifest(place / "mixed.csv", 20 * LARGE_EVERY)
+    peaks_mb = []
+    for number in range(MIXED_RUNS):
+        with service(large_every=LARGE_EVERY) as wiro:
+            mixed = own_run(place, f"mixed-{number}", wiro, manifest="mixed.csv", tasks=IN_FLIGHT)
+        peaks_mb.append(mixed.peak_mb)
+    with service() as wiro:
+        late = place / "late.json"
+        own_run(place, "stalls", wiro, tasks=IN_FLIGHT, late=late)
+        stalls = sorted(json.loads(late.read_text()))
     kilobytes = IMAGES["small"] // 1000
     beside = f"{ROWS:,} rows of {kilobytes} KB, start-up included, median of {ROUNDS} rounds"
     plainest = "4 commits a row, hashed, synced and renamed; nothing checked or retried"

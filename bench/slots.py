@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ IS_LONG = os.environ.get("BENCH_LONG") == "1"
 SECONDS = "lognormal:0.9:2.0"
 
 
-def measure() -> list[Figure | Series]:
+def measure(folder: Path) -> list[Figure | Series]:
     """Both kinds of service, and beside them a script with a semaphore."""
     figures: list[Figure | Series] = []
     for title, kind, rows, least in (
@@ -34,8 +33,9 @@ def measure() -> list[Figure | Series]:
         ("code 96", (), ROWS, 0.96),
         *((("queueing", ("--queue",), MANY, 0.99), ("code 96", (), MANY, 0.99)) if IS_LONG else ()),
     ):
-        with tempfile.TemporaryDirectory() as name, simulator(*_service(kind)) as wiro:
-            place = Path(name)
+        place = folder / f"{title} {rows}"
+        place.mkdir()
+        with simulator(*_service(kind)) as wiro:
             write_manifest(place / "m.csv", rows)
             # what the account allows is found out by trying: no --concurrency
             command = batchrun(
@@ -47,12 +47,12 @@ def measure() -> list[Figure | Series]:
                 raise RuntimeError((place / "log").read_text())
             figures += _figures(f"{rows:,} rows, {title}", wiro, place / "run/images", cost, rows, least)
     for poll_s in (3.0, 0.5):
-        with tempfile.TemporaryDirectory() as name, simulator(*_service(("--queue", "--key-only"))) as wiro:
-            place = Path(name)
-            command = [sys.executable, "-m", "bench.peers.gather", ROWS, SLOTS, poll_s, place / "images"]
+        images = folder / f"gather {poll_s}"
+        with simulator(*_service(("--queue", "--key-only"))) as wiro:
+            command = [sys.executable, "-m", "bench.peers.gather", ROWS, SLOTS, poll_s, images]
             cost = run([str(part) for part in command], env=wiro.env, cwd=Path.cwd())
             title = f"{ROWS:,} rows, gather and semaphore, a look every {poll_s:g} s"
-            figures += _figures(title, wiro, place / "images", cost, ROWS, None)
+            figures += _figures(title, wiro, images, cost, ROWS, None)
     return figures
 
 
