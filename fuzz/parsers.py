@@ -21,7 +21,8 @@ from batchrun.manifest.expand import parse_axis, parse_values
 from batchrun.manifest.job import Job, load_job
 from batchrun.manifest.read import open_manifest
 from batchrun.model import Problem, Severity, Task
-from batchrun.outputs.verify import EXTENSIONS, ImageFacts, Verifier
+from batchrun.outputs.formats import EXTENSIONS, ImageFacts
+from batchrun.outputs.verify import Verifier
 from batchrun.tools.catalog import dumps, from_json
 from batchrun.tools.page import parse
 from batchrun.wiro import wire

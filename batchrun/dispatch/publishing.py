@@ -15,9 +15,9 @@ import anyio
 import anyio.to_thread
 
 from batchrun.model import Output
+from batchrun.outputs.formats import ImageFacts
 from batchrun.outputs.pieces import keep_freed_memory
 from batchrun.outputs.save import Partial, Received, Saved, publish
-from batchrun.outputs.verify import ImageFacts
 
 #: More of them would get in each other's way: what they do beside waiting for the disk needs a core.
 THREADS = 4

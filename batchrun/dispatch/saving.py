@@ -23,8 +23,8 @@ from batchrun.dispatch.publishing import Publisher
 from batchrun.dispatch.stopping import StopSign
 from batchrun.model import Failure, Output, Row, Task
 from batchrun.outputs.disk import disk_errors, free_bytes, make_durable, sync_folder
+from batchrun.outputs.formats import EXTENSIONS, ImageFacts
 from batchrun.outputs.save import Fetch, Partial, Saved, adopt, receive, sweep
-from batchrun.outputs.verify import EXTENSIONS, ImageFacts
 from batchrun.progress import Fact, Progress
 from batchrun.rules.naming import image_base, image_path, partial_path
 from batchrun.rules.policy import Fail, Troubles, after_download, are_gone, silence_s

@@ -44,7 +44,8 @@ from batchrun.errors import (
 from batchrun.model import Output
 from batchrun.outputs import pieces
 from batchrun.outputs.disk import disk_errors, entry_added, rename_durably, sync_entries, sync_folder
-from batchrun.outputs.verify import EXTENSIONS, ImageFacts, Verifier
+from batchrun.outputs.formats import EXTENSIONS, ImageFacts
+from batchrun.outputs.verify import Verifier
 
 #: Larger files are written to disk while they come, in pieces of this size: a download holds little more than
 #: that, and the thread hops of a write cost nothing beside it.

@@ -23,7 +23,8 @@ from batchrun.errors import OutputCorrupt, StoreDamaged, UsageError
 from batchrun.manifest.job import Job
 from batchrun.model import State
 from batchrun.outputs.disk import disk_errors, sync_folder
-from batchrun.outputs.verify import ImageFacts, Verifier
+from batchrun.outputs.formats import ImageFacts
+from batchrun.outputs.verify import Verifier
 from batchrun.repair.evidence import (
     KEY,
     MAX_ROW,

@@ -71,7 +71,7 @@ def read_event(text: str) -> TaskEvent | None:
 
 @asynccontextmanager
 async def connected(session: aiohttp.ClientSession, url: str) -> AsyncIterator[TaskSocket]:
-    """A connection for events; raises what `wiro.client.Translated` knows."""
+    """A connection for events; raises what `wiro.foreign.Translated` knows."""
     socket = await session.ws_connect(
         url,
         heartbeat=HEARTBEAT_S,

@@ -14,7 +14,8 @@ import tempfile
 
 from batchrun.errors import ServiceError
 from batchrun.settings import Credentials
-from batchrun.wiro.client import Deadlines, Wiro
+from batchrun.wiro.client import Wiro
+from batchrun.wiro.manners import Deadlines
 from tests.client.raw import answer
 
 PORT = 8080

@@ -28,7 +28,8 @@ from batchrun.errors import (
 from batchrun.model import Task, Value
 from batchrun.settings import Credentials
 from batchrun.simulator.server import Simulator
-from batchrun.wiro.client import Deadlines, Wiro
+from batchrun.wiro.client import Wiro
+from batchrun.wiro.manners import Deadlines
 from tests.client.raw import answering, serving, silence
 
 RUN = "/Run/retroAIx/Retro-Cartoons"

@@ -16,7 +16,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from batchrun.errors import NotSent, ProtocolError, ReplyLost, ServiceError
-from batchrun.wiro.client import FOREIGN, Translated
+from batchrun.wiro.foreign import FOREIGN, Translated
 
 
 def descendants(root: type[BaseException]) -> Iterator[type[BaseException]]:

@@ -25,7 +25,9 @@ from batchrun.errors import (
     ServiceError,
 )
 from batchrun.settings import Credentials
-from batchrun.wiro.client import Deadlines, Wiro, _followed, is_public
+from batchrun.wiro.client import Wiro
+from batchrun.wiro.files import _followed, is_public
+from batchrun.wiro.manners import Deadlines
 from tests.client import raw
 from tests.client.internet import PORT, PUBLIC, PUBLIC6
 from tests.client.raw import Handler, Raw, Request, answer, answering, sending, serving

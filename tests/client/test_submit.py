@@ -28,7 +28,8 @@ from batchrun.errors import (
 from batchrun.model import Accepted
 from batchrun.settings import Credentials
 from batchrun.wiro import client, signing
-from batchrun.wiro.client import Deadlines, Wiro
+from batchrun.wiro.client import Wiro
+from batchrun.wiro.manners import Deadlines
 from tests.client import raw
 from tests.client.raw import KEY, SECRET, Handler, Raw, Request, answer, answering, sending, serving
 

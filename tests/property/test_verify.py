@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun.errors import OutputCorrupt
-from batchrun.outputs.verify import ImageFacts, Verifier
+from batchrun.outputs.formats import ImageFacts
+from batchrun.outputs.verify import Verifier
 from tests.support.images import every_kind
 
 FILES = every_kind()

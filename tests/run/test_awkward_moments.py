@@ -16,7 +16,8 @@ from batchrun.model import State
 from batchrun.progress import Event, Fact, Progress
 from batchrun.runner import Again, Runner
 from batchrun.simulator.server import Simulator
-from batchrun.wiro.client import Deadlines, Wiro
+from batchrun.wiro.client import Wiro
+from batchrun.wiro.manners import Deadlines
 from tests.support.images import draw
 from tests.support.runs import (
     Facts,

@@ -11,8 +11,8 @@ import anyio.to_thread
 from batchrun.dispatch.publishing import THREADS, TOGETHER, Publisher
 from batchrun.errors import OutputCorrupt
 from batchrun.model import Output
+from batchrun.outputs.formats import ImageFacts
 from batchrun.outputs.save import Partial, Saved
-from batchrun.outputs.verify import ImageFacts
 from tests.support.images import draw
 
 MANY = 3 * THREADS * TOGETHER

@@ -24,7 +24,8 @@ from batchrun.outputs.missing import Missing
 from batchrun.progress import Event, Fact
 from batchrun.runner import Again, Outcome, Runner
 from batchrun.simulator.server import Simulator
-from batchrun.wiro.client import Deadlines, Wiro
+from batchrun.wiro.client import Wiro
+from batchrun.wiro.manners import Deadlines
 from tests.support.runs import (
     TOOL,
     check_complete,

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from batchrun.errors import OutputCorrupt
-from batchrun.outputs.verify import EXTENSIONS, ImageFacts, Verifier
+from batchrun.outputs.formats import EXTENSIONS, ImageFacts
+from batchrun.outputs.verify import Verifier
 from tests.support.images import KINDS, draw, every_kind
 
 REASONS = {"empty", "html", "not-an-image", "truncated", "structure", "crc"}
