@@ -316,7 +316,9 @@ def after_download(
             return Refetch(0.0, accept_sha256=error.sha256)
         case errors.OutputCorrupt():
             if troubles >= MAX_DAMAGED and elapsed_s >= DAMAGED_PATIENCE_S:
-                return Fail(Failure("image damaged", f"damaged in {troubles} fetches, the last one: {error}"))
+                return Fail(
+                    Failure("image damaged", f"damaged each time it was fetched; the last time: {error}")
+                )
             return Refetch(wait_s)
         case errors.NotSent() | errors.ReplyLost() | errors.ServerFault() | errors.ProtocolError():
             if elapsed_s >= DOWNLOAD_PATIENCE_S and troubles >= LEAST_TRIES:

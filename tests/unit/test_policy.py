@@ -283,13 +283,13 @@ def _corrupt(reason: str) -> errors.OutputCorrupt:
             _corrupt("etag"),
             MAX_DAMAGED,
             DAMAGED_PATIENCE_S,
-            Fail(Failure("image damaged", f"damaged in {MAX_DAMAGED} fetches, the last one: wrong")),
+            Fail(Failure("image damaged", "damaged each time it was fetched; the last time: wrong")),
         ),
         (
             _corrupt("structure"),
             MAX_DAMAGED,
             DAMAGED_PATIENCE_S,
-            Fail(Failure("image damaged", f"damaged in {MAX_DAMAGED} fetches, the last one: wrong")),
+            Fail(Failure("image damaged", "damaged each time it was fetched; the last time: wrong")),
         ),
         # patience has an end, and what was paid for can still be fetched by retry
         (errors.OutputGone("403", status=403), 9, GONE_PATIENCE_S, Fail(Failure("download failed", "403"))),
