@@ -11,18 +11,19 @@ some 15 GB, and a second measurement within five minutes of the first tells less
 from __future__ import annotations
 
 import compileall
-import importlib
 import json
 import os
 import platform
 import sys
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from pathlib import Path
 
-from bench.figures import Figure, Series, table
+from bench.figures import Figure, Series, measured, table
 
 #: A module of this package each, with `measure(place: Path) -> list[Figure | Series]`; `place` is a folder of its own.
 NAMES = ("startup", "following", "slots", "rows", "downloads", "manifest")
@@ -38,12 +39,18 @@ def main(names: Iterable[str]) -> int:
         return 2
     for part in ("batchrun", "bench"):  # as an installer does: not every start is to compile what was edited
         compileall.compile_dir(ROOT / part, quiet=1)
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as processes,
+    ):
         for name in chosen:
             print(f"## {name}\n", flush=True)
             place = Path(folder, name)
             place.mkdir()
-            found: list[Figure | Series] = importlib.import_module(f"bench.{name}").measure(place)
+            if hasattr(os, "sync"):
+                os.sync()  # what the last one left to be written would hold up who writes to the disk itself
+            # in a process of its own: what one has grown by would hide what the next one's commands take
+            found = processes.submit(measured, name, place).result()
             figures = [one for one in found if isinstance(one, Figure)]
             print(table(figures) + "\n", flush=True)
             _keep(name, figures, [one for one in found if isinstance(one, Series)])

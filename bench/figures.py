@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 _HOLDS: dict[str, Callable[[float, float], bool]] = {"<=": operator.le, ">=": operator.ge}
 
@@ -42,6 +44,12 @@ class Series:
     x: str
     y: str
     points: Sequence[tuple[float, float]]
+
+
+def measured(name: str, place: Path) -> list[Figure | Series]:
+    """What `bench.NAME` measures, with `place` as its folder; found by name, so that any process can do it."""
+    found: list[Figure | Series] = importlib.import_module(f"bench.{name}").measure(place)
+    return found
 
 
 def table(figures: Iterable[Figure]) -> str:
