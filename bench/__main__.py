@@ -47,8 +47,7 @@ def main(names: Iterable[str]) -> int:
             print(f"## {name}\n", flush=True)
             place = Path(folder, name)
             place.mkdir()
-            if hasattr(os, "sync"):
-                os.sync()  # what the last one left to be written would hold up who writes to the disk itself
+            os.sync()  # what the last one left to be written would hold up who writes to the disk itself
             # in a process of its own: what one has grown by would hide what the next one's commands take
             found = processes.submit(measured, name, place).result()
             figures = [one for one in found if isinstance(one, Figure)]

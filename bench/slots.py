@@ -52,7 +52,6 @@ def measure(folder: Path) -> list[Figure | Series]:
             place = folder / f"{title} {rows} {number}"
             place.mkdir()
             rounds.append(_own(place, kind, rows))
-        rounds.sort(key=lambda each: each.utilisation)
         figures += _figures(f"{rows:,} rows, {title}", rounds, least)
     for poll_s in (3.0, 0.5):
         title = f"{ROWS:,} rows, gather and semaphore, a look every {poll_s:g} s"
@@ -107,11 +106,12 @@ def _round(wiro: Wiro, images: Path, cost: Cost, rows: int) -> _Round:
 
 
 def _figures(title: str, rounds: Sequence[_Round], least: float | None) -> list[Figure | Series]:
-    """The middle one of the rounds, which are sorted; `least`: the target, of our own runs."""
-    middle = rounds[len(rounds) // 2]
+    """The round of middle utilisation; `least`: the target, of our own runs."""
+    ranked = sorted(rounds, key=lambda each: each.utilisation)
+    middle = ranked[len(ranked) // 2]
     note = ""
-    if len(rounds) > 1:
-        note = f"median of {len(rounds)} ({rounds[0].utilisation:.3f} to {rounds[-1].utilisation:.3f})"
+    if len(ranked) > 1:
+        note = f"median of {len(ranked)} ({ranked[0].utilisation:.3f} to {ranked[-1].utilisation:.3f})"
     is_ours = least is not None
     figures: list[Figure | Series] = [
         Figure(f"{title}: utilisation", middle.utilisation, "ratio", least, ">=", note),

@@ -18,8 +18,9 @@ PAGE = 100
 MARGIN = 6
 #: What a page is worth, in seconds of waiting of all its tasks together: so much, and for each task shown.
 PAGE_PRICE_S, SHOWN_PRICE_S = 0.02, 0.001
-#: What few tasks may take, in requests per second. It is seldom used up, since a page must be worth its price
-#: as well; with half of it, a run whose tasks take a second ended 0.05 s later.
+#: What up to twice FEW tasks may take, in requests per second; where tasks are more, it falls. It is seldom
+#: used up, since a page must be worth its price as well; with half of it, a run whose tasks take a second
+#: ended 0.05 s later.
 FEW_PER_S = 16.0
 #: A page is more work than a look at one task, for both sides: by this much it must be worth more.
 PAGE_WORK = 1.5
@@ -69,4 +70,5 @@ def page_of(places: Sequence[int], first: int, last: int) -> Page:
 
 def requests_per_s(active: int, *, alive_s: float, budget_per_s: float) -> float:
     """Requests that following so many tasks by pages may take, each active for `alive_s` on average."""
-    return min(budget_per_s, max(FEW_PER_S, active / ADVICE_S + NEEDED * active / max(alive_s, 0.1)))
+    few_per_s = FEW_PER_S * min(1.0, 2 * FEW / max(1, active))
+    return min(budget_per_s, max(few_per_s, active / ADVICE_S + NEEDED * active / max(alive_s, 0.1)))
