@@ -116,6 +116,8 @@ class _Subscriber:
         stages = task.stages()
         told = self._told[task.token]
         due = [status for at, status in stages[told:] if at <= now]
+        if self._kind == "drop":
+            due = due[:1]  # it is closed after its first event, however many are due
         self._told[task.token] = told + len(due)
         if self._told[task.token] < len(stages):
             self._plan(stages[self._told[task.token]][0], task)
