@@ -31,9 +31,9 @@ COMMANDS = {
 EXIT_USAGE = 2
 #: Stopped early; run again to go on.
 EXIT_STOPPED = 3
-#: Garbage is looked for when there are so many objects more. Modules and rows leave hardly any behind: at
-#: Python's own 700 the search was a fifth of a start and a twentieth of a row.
-GARBAGE = 20_000
+#: Garbage is looked for when there are so many objects more. Modules leave hardly any behind, and are a
+#: hundred thousand: at Python's own 700 the search was a fifth of a start, at 20,000 still a tenth.
+GARBAGE = 200_000
 #: Errors after which running again is of no use before someone has seen to it.
 _TO_BE_MENDED = (UsageError, FolderTaken, StoreTooNew, StoreDamaged)
 #: What may run out at any line, be it the import of a module.

@@ -40,6 +40,9 @@ T = TypeVar("T")
 
 #: After the second signal the process gets this long to leave in good order.
 LEAVE_S = 10.0
+#: From here on garbage is looked for when there are so many objects more: often enough for short looks, and
+#: at Python's own 700 it was a twentieth of a row.
+GARBAGE = 20_000
 #: The code of a start that was stopped early.
 EXIT_STOPPED = 3
 
@@ -181,6 +184,7 @@ def stored_job(folder: Path) -> Job:
 def run_async(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run `main` to its end in an event loop of its own: uvloop's where there is one."""
     gc.freeze()  # modules stay: there is no need to look through them for garbage again and again
+    gc.set_threshold(GARBAGE)
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         return runner.run(main())
 
