@@ -58,6 +58,8 @@ class _Case:
     busy: Callable[[], bool]
     settled: anyio.Event = field(default_factory=anyio.Event)
     answer: Adopt | Absent | Hold | errors.CredentialsRefused | None = None
+    #: The newest task of ours that was known when the listing was first read for it, 0: none was.
+    newest_known: int | None = None
     #: When the first correct reading was begun that could already show the task; None: none yet.
     correct_at: float | None = None
 
@@ -160,7 +162,11 @@ class Doubts:
             if number % AT_ONCE == AT_ONCE - 1:
                 await anyio.lowlevel.checkpoint()
             answer = settle_doubt(
-                self._with_model(case.doubt), listing, lost_at=case.lost_at, earlier_at=case.correct_at
+                self._with_model(case.doubt),
+                listing,
+                lost_at=case.lost_at,
+                newest_known=case.newest_known,
+                earlier_at=case.correct_at,
             )
             if isinstance(answer, Absent):
                 is_true = await self._echoes(listing) if is_true is None else is_true
@@ -191,7 +197,11 @@ class Doubts:
         listed = Backwards(self._page)
         reached: list[_Case] = []
         ahead, next_at = list(cases), 1
-        ours_expected = await self._known_task() is not None
+        known = await self._known_task()
+        ours_expected = known is not None
+        for case in cases:
+            if case.newest_known is None:
+                case.newest_known = task_number(known or "") or 0
         to_ours = ours_expected and any(begun_at >= case.lost_at + GRACE_S for case in cases)
         for number in range(1, MAX_PAGES + 1):
             found = await listed.more()

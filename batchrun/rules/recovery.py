@@ -230,6 +230,15 @@ class Listing:
         """Whether it was read back to before the doubt's intent."""
         return self.to_the_end or any(is_older(doubt, task) for task in self._oldest)
 
+    def shows(self, number: int) -> bool:
+        """Whether it is as new as the task of that number, be it in it or not."""
+        return self._newest is None or number <= self._newest
+
+    @cached_property
+    def _newest(self) -> int | None:
+        numbers = (task_number(task.id) for task in self.tasks)
+        return max((number for number in numbers if number is not None), default=None)
+
     @cached_property
     def _oldest(self) -> list[Task]:
         """The oldest tasks by each thing that age is told by."""
@@ -267,11 +276,18 @@ class Hold:
 
 
 def settle_doubt(
-    doubt: Doubt, listing: Listing, *, lost_at: float, earlier_at: float | None = None
+    doubt: Doubt,
+    listing: Listing,
+    *,
+    lost_at: float,
+    newest_known: int | None = None,
+    earlier_at: float | None = None,
 ) -> Adopt | Absent | LookAgain | Hold:
     """What a listing says of a doubt whose POST can last have been running at `lost_at` (monotonic s).
 
-    `earlier_at` is when an earlier correct reading was begun; None when there was none.
+    `newest_known` is the newest task of ours at that time or soon after: a listing that is older than that
+    task may be too old for the lost one, too. `earlier_at` is when an earlier correct reading was begun; None
+    when there was none.
     """
     matches = [(compare(doubt, task), task) for task in listing.like(doubt)]
     # the oldest match first: among identical rows the first lost submit takes the first task
@@ -285,6 +301,8 @@ def settle_doubt(
         return Hold("the service does not echo the parameters of its newest tasks")
     if not listing.reaches(doubt):
         return Hold("the listing does not reach back to before the submit")
+    if newest_known is not None and not listing.shows(newest_known):
+        return Hold("the listing does not show this run's newest tasks")
     if listing.claimed:
         return Absent()
     if listing.ours_expected:

@@ -26,6 +26,8 @@ class Account:
         self.pages = 0
         #: Raised instead of an answer.
         self.trouble: Callable[[], Exception] | None = None
+        #: The newest task that is listed; None: all are.
+        self.listed_up_to: int | None = None
         #: Whether known tasks show something else than was sent.
         self.garbles = False
 
@@ -41,7 +43,12 @@ class Account:
         await anyio.sleep(0.05)
         if self.trouble is not None:
             raise self.trouble()
-        newest_first = sorted(self.tasks.values(), key=lambda task: -int(task.id))
+        listed = [
+            task
+            for task in self.tasks.values()
+            if self.listed_up_to is None or int(task.id) <= self.listed_up_to
+        ]
+        newest_first = sorted(listed, key=lambda task: -int(task.id))
         return newest_first[start : start + min(limit, 100)]
 
     async def known_tasks(self, task_ids: Collection[str]) -> dict[str, int | None]:
@@ -105,6 +112,29 @@ async def test_with_a_known_task_in_the_list_absence_is_certain_after_the_grace(
         begun_at = anyio.current_time()
         assert await doubts.settle(lost(), lost_at=begun_at, busy=never) == Absent()
         assert GRACE_S <= anyio.current_time() - begun_at <= GRACE_S + BETWEEN_S + 1
+
+
+@virtual_time
+async def test_a_list_that_lags_behind_by_more_than_the_grace_proves_no_absence() -> None:
+    account = Account(90, 91, 93, known=[90, 93])
+    task = account.add(92, prompt="a cat")
+    account.listed_up_to = 91
+    async with settling(account) as doubts, anyio.create_task_group() as group:
+
+        async def catch_up() -> None:
+            await anyio.sleep(2 * GRACE_S)
+            account.listed_up_to = None
+
+        group.start_soon(catch_up)
+        assert await doubts.settle(lost(after=91), lost_at=anyio.current_time(), busy=never) == Adopt(task)
+
+
+@virtual_time
+async def test_a_known_task_that_never_shows_again_leaves_the_doubt_to_the_user() -> None:
+    account = Account(90, 91, known=[90, 93])
+    async with settling(account) as doubts:
+        answer = await doubts.settle(lost(after=91), lost_at=anyio.current_time(), busy=never)
+        assert answer == Hold("the listing does not show this run's newest tasks")
 
 
 @virtual_time

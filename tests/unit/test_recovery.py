@@ -258,6 +258,20 @@ def test_what_a_listing_says_of_a_lost_submit(listing: Listing, answer: object) 
     assert settle_doubt(DOUBT, listing, lost_at=LOST_AT) == answer
 
 
+@pytest.mark.parametrize(
+    ("newest_known", "answer"),
+    [
+        (0, Absent()),
+        (105, Absent()),
+        # made before the doubt arose, and not listed yet: the lost one may not be either
+        (106, Hold("the listing does not show this run's newest tasks")),
+    ],
+)
+def test_a_listing_older_than_a_known_task_proves_no_absence(newest_known: int, answer: object) -> None:
+    listing = listed(OURS, OLD)
+    assert settle_doubt(DOUBT, listing, lost_at=LOST_AT, newest_known=newest_known) == answer
+
+
 def test_a_task_without_a_number_tells_by_its_time_how_far_a_listing_reaches() -> None:
     dated = replace(DOUBT, after_task=100, intent_server_at=5000.0)
     newer = replace(MINE, id="205", created_at=100)  # by its number, which counts
