@@ -20,12 +20,16 @@ from bench.process import Cost, Wiro, batchrun, run, simulator
 SLOTS = 32
 ROWS = 500
 MANY = 5000
+#: What an account with 50 USD may have at once, and rows for about a minute of it.
+FEW_SLOTS, FEW_ROWS = 5, 60
 #: Of the shorter runs, since the start of a process takes now 0.4 s and now 0.7.
 ROUNDS = 3
 #: With BENCH_LONG=1 so many rows are run too, which takes six minutes more.
 IS_LONG = os.environ.get("BENCH_LONG") == "1"
 #: Median and 95th percentile of the tasks' durations, in seconds.
 SECONDS = "lognormal:0.9:2.0"
+#: With few slots, nearer to what tools take.
+FEW_SECONDS = "lognormal:3:8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +55,21 @@ def measure(folder: Path) -> list[Figure | Series]:
         for number in range(ROUNDS if rows == ROWS else 1):
             place = folder / f"{title} {rows} {number}"
             place.mkdir()
-            rounds.append(_own(place, kind, rows))
+            rounds.append(_own(place, _service(kind), rows, SLOTS))
         figures += _figures(f"{rows:,} rows, {title}", rounds, least)
+    place = folder / "few"
+    place.mkdir()
+    service = _service((), slots=FEW_SLOTS, seconds=FEW_SECONDS)
+    title = f"{FEW_ROWS} rows of 3 to 8 s, {FEW_SLOTS} slots, code 96"
+    figures += _figures(title, [_own(place, service, FEW_ROWS, FEW_SLOTS)], None)
     for poll_s in (3.0, 0.5):
         title = f"{ROWS:,} rows, gather and semaphore, a look every {poll_s:g} s"
         figures += _figures(title, [_gather(folder / f"gather {poll_s}", poll_s)], None)
     return figures
 
 
-def _own(place: Path, kind: Iterable[str], rows: int) -> _Round:
-    with simulator(*_service(kind)) as wiro:
+def _own(place: Path, service: Iterable[str], rows: int, slots: int) -> _Round:
+    with simulator(*service) as wiro:
         write_manifest(place / "m.csv", rows)
         # what the account allows is found out by trying: no --concurrency
         command = batchrun(
@@ -70,18 +79,18 @@ def _own(place: Path, kind: Iterable[str], rows: int) -> _Round:
         cost = run(command, env=wiro.env, cwd=place, log=place / "log")
         if cost.exit_code:
             raise RuntimeError((place / "log").read_text())
-        return _round(wiro, place / "run/images", cost, rows)
+        return _round(wiro, place / "run/images", cost, rows, slots)
 
 
 def _gather(images: Path, poll_s: float) -> _Round:
     with simulator(*_service(("--queue", "--key-only"))) as wiro:
         command = [sys.executable, "-m", "bench.peers.gather", ROWS, SLOTS, poll_s, images]
         cost = run([str(part) for part in command], env=wiro.env, cwd=Path.cwd())
-        return _round(wiro, images, cost, ROWS)
+        return _round(wiro, images, cost, ROWS, SLOTS)
 
 
-def _service(kind: Iterable[str]) -> list[str]:
-    return ["--slots", str(SLOTS), "--seconds", SECONDS, "--seed", "1", *kind]
+def _service(kind: Iterable[str], *, slots: int = SLOTS, seconds: str = SECONDS) -> list[str]:
+    return ["--slots", str(slots), "--seconds", seconds, "--seed", "1", *kind]
 
 
 def write_manifest(path: Path, rows: int) -> None:
@@ -90,14 +99,14 @@ def write_manifest(path: Path, rows: int) -> None:
     path.write_text("id,prompt,seed\n" + "".join(lines), encoding="utf-8")
 
 
-def _round(wiro: Wiro, images: Path, cost: Cost, rows: int) -> _Round:
+def _round(wiro: Wiro, images: Path, cost: Cost, rows: int, slots: int) -> _Round:
     tasks, stats = wiro.ask("tasks"), wiro.ask("stats")
     if len(tasks) != rows or stats["needless"]:
         raise RuntimeError(f"{images}: {len(tasks)} tasks for {rows} rows")
     saved_at = sorted(path.stat().st_mtime for path in images.rglob("*.*") if path.suffix != ".jsonl")
     requests = stats["requests"]
     return _Round(
-        utilisation=makespan_s(durations_s(tasks), SLOTS) / (saved_at[-1] - cost.begun_at),
+        utilisation=makespan_s(durations_s(tasks), slots) / (saved_at[-1] - cost.begun_at),
         looks=(requests.get("detail", 0) + requests.get("list", 0)) / rows,
         refusals=stats["refusals"].get("96", 0) / rows,
         begun_at=cost.begun_at,

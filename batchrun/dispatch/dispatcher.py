@@ -149,7 +149,11 @@ class Dispatcher:
         self._tracker = Tracker(service, budget_per_s=limits.looks_per_s, rng=rng)
         if limits.track in ("auto", "list"):
             least = FROM if limits.track == "auto" else 1
-            self._tracker.add(lambda tracker: Sweeps(tracker, service, least=least, note=self._say))
+            self._tracker.add(
+                lambda tracker: Sweeps(
+                    tracker, service, least=least, hurried=lambda: self._slots.are_short, note=self._say
+                )
+            )
         if limits.track == "websocket":
             self._tracker.add(lambda tracker: Hearing(tracker, service, rng=rng, note=self._say))
         self._doubts = Doubts(service, store.known_tasks, store.known_task, self._is_true_echo)

@@ -84,6 +84,11 @@ class Slots:
                 self._wake_first()
             raise
 
+    @property
+    def are_short(self) -> bool:
+        """Whether a row waits for a task to end, since the limit is known."""
+        return bool(self._waiting) and not self._growing
+
     def take_anyway(self) -> None:
         """Hold a slot for a task that is active already, even beyond the limit."""
         self.in_use += 1

@@ -18,13 +18,11 @@ from batchrun import errors
 from batchrun.dispatch.track import Tracker, Watch
 from batchrun.model import Task
 from batchrun.rules import pages
-from batchrun.rules.pace import advised_s
+from batchrun.rules.pace import Spread, advised_s
 from batchrun.rules.pages import Page
 
 #: From so many active tasks on pages are cheaper than single looks; they then go on to the last task.
 FROM = 20
-#: How often it is asked what a page is worth.
-TICK_S = 0.05
 #: Pages under way at once.
 MAX_PAGES = 8
 #: A list that fails, or shows none of our tasks, so often in a row is of no use.
@@ -61,13 +59,20 @@ class Sweeps:
     """Covers tasks by pages of the list; see `track.Cover`."""
 
     def __init__(
-        self, tracker: Tracker, lists: Lists, *, least: int = FROM, note: Callable[[str], None]
+        self,
+        tracker: Tracker,
+        lists: Lists,
+        *,
+        least: int = FROM,
+        hurried: Callable[[], bool] = lambda: False,
+        note: Callable[[str], None],
     ) -> None:
-        """`least`: so many active tasks make pages worth while."""
+        """`least`: so many active tasks make pages worth while; `hurried`: whether rows wait for an end."""
         self.pages = 0
         self._tracker = tracker
         self._lists = lists
         self._least = least
+        self._hurried = hurried
         self._note = note
         self._entries: dict[Watch, _Entry] = {}
         self._submitted = 0
@@ -104,16 +109,14 @@ class Sweeps:
         allowance, before = 0.0, anyio.current_time()
         async with anyio.create_task_group() as group:
             while True:
-                await anyio.sleep(TICK_S)
+                await anyio.sleep(self._tick_s())
                 now = anyio.current_time()
                 self._turn(now)
                 if not self._is_on:
                     before = now
                     continue
-                rate = pages.requests_per_s(
-                    len(self._entries), alive_s=self._alive_s(), budget_per_s=self._tracker.budget.per_s
-                )
-                allowance = min(max(1.0, rate * 2 * TICK_S), allowance + rate * max(0.0, now - before))
+                rate = self._requests_per_s()
+                allowance = min(max(1.0, rate * 2 * pages.TICK_S), allowance + rate * max(0.0, now - before))
                 before = now
                 allowance -= self._ask(group, int(allowance), now)
 
@@ -121,7 +124,7 @@ class Sweeps:
         """Begin to read pages when tasks are many, and cease when none is left."""
         active = len(self._entries)
         if not self._is_on:
-            self._is_on = active >= self._least and now >= self._off_until
+            self._is_on = active >= (1 if self._hurried() else self._least) and now >= self._off_until
         elif not active:
             self._is_on = False
 
@@ -130,10 +133,25 @@ class Sweeps:
         for entry in self._entries.values():
             self._tracker.look_as_planned(entry.watch)
 
-    def _alive_s(self) -> float:
-        """How long tasks are active, on average over those that are."""
-        watches = [entry.watch for entry in self._entries.values()]
-        return sum(self._tracker.durations[watch.tool].spread.mean_s for watch in watches) / len(watches)
+    def _tick_s(self) -> float:
+        if not (self._is_on and self._entries and self._hurried()):
+            return pages.TICK_S
+        return pages.tick_s(len(self._entries), typical_s=self._mean(lambda spread: spread.quantile_s(0.5)))
+
+    def _requests_per_s(self) -> float:
+        active, budget_per_s = len(self._entries), self._tracker.budget.per_s
+        if (
+            self._hurried()
+        ):  # by the median: while little is known of a tool, what might take hours rules a mean
+            typical_s = self._mean(lambda spread: spread.quantile_s(0.5))
+            return pages.hurried_requests_per_s(active, typical_s=typical_s, budget_per_s=budget_per_s)
+        alive_s = self._mean(lambda spread: spread.mean_s)
+        return pages.requests_per_s(active, alive_s=alive_s, budget_per_s=budget_per_s)
+
+    def _mean(self, seconds_of: Callable[[Spread], float]) -> float:
+        """On average over the tasks that are active."""
+        tools = [entry.watch.tool for entry in self._entries.values()]
+        return sum(seconds_of(self._tracker.durations[tool].spread) for tool in tools) / len(tools)
 
     # --- asking --------------------------------------------------------------------------------------------
 
@@ -145,26 +163,26 @@ class Sweeps:
         entries.sort(key=lambda entry: -entry.number)
         places = self._places(entries)
         waited = [self._waited_s(entry.watch, now) for entry in entries]
+        ended = [self._ended(entry.watch, now) for entry in entries] if self._hurried() else []
         for sent in range(most):
             if self._under_way >= MAX_PAGES or self._tracker.budget.ready_at(now) > now:
                 return sent
-            choice = pages.best(places, waited)
+            choice = pages.best(places, waited, ended)
             if choice is None:
                 return sent
-            if isinstance(choice, int):
-                watch = entries[choice].watch
-                if not advised_s(watch.looks, followed_s=now - watch.followed_at):
-                    watch.asked_at, waited[choice] = now, 0.0
-                    self._tracker.look_at_once(watch)
-                    continue
-                choice = pages.page_of(places, choice, choice)  # it has had all the looks that are advised
-            meant = entries[choice.first : choice.last + 1]
-            waited[choice.first : choice.last + 1] = [0.0] * len(meant)
-            for entry in meant:
+            page = pages.page_of(places, choice, choice) if isinstance(choice, int) else choice
+            meant = slice(page.first, page.last + 1)
+            for entry in entries[meant]:
                 entry.watch.asked_at = now
+            for worth in (waited, ended):
+                worth[meant] = [0.0 for _ in worth[meant]]
+            watch = entries[page.first].watch
+            if isinstance(choice, int) and not advised_s(watch.looks, followed_s=now - watch.followed_at):
+                self._tracker.look_at_once(watch)
+                continue  # else it has had all the looks that are advised
             self._tracker.budget.take(now)
             self._under_way += 1
-            group.start_soon(self._read, choice, meant, self._submitted)
+            group.start_soon(self._read, page, entries[meant], self._submitted)
         return most
 
     def _places(self, entries: list[_Entry]) -> list[int]:
@@ -179,8 +197,11 @@ class Sweeps:
 
     def _waited_s(self, watch: Watch, now: float) -> float:
         spread = self._tracker.durations[watch.tool].spread
-        last_at = max(watch.asked_at, watch.seen_at)
-        return spread.waited_s(last_at - watch.begun_at, now - watch.begun_at)
+        return spread.waited_s(watch.last_at - watch.begun_at, now - watch.begun_at)
+
+    def _ended(self, watch: Watch, now: float) -> float:
+        spread = self._tracker.durations[watch.tool].spread
+        return spread.ended_since(watch.last_at - watch.begun_at, now - watch.begun_at)
 
     async def _read(self, page: Page, meant: list[_Entry], submitted: int) -> None:
         asked_at = anyio.current_time()

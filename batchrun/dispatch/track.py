@@ -126,6 +126,11 @@ class Watch:
     looking: bool = False
     again: bool = False
 
+    @property
+    def last_at(self) -> float:
+        """When it was last asked for."""
+        return max(self.asked_at, self.seen_at)
+
     def over_s(self, seen_at: float) -> float:
         """How long the task has run at least, when it was seen unfinished then."""
         return max(0.0, seen_at - (self.ran_at or self.begun_at))

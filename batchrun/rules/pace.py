@@ -109,6 +109,13 @@ class Spread:
             return age_s - seen_s
         return max(0.0, area_now - area - ended * (age_s - seen_s)) / left
 
+    def ended_since(self, seen_s: float, age_s: float) -> float:
+        """How likely a task last seen unfinished at `seen_s` has ended by `age_s`."""
+        if age_s <= seen_s:
+            return 0.0
+        before = self.ended(seen_s)
+        return (self.ended(age_s) - before) / (1 - before) if before < 1 - 1e-9 else 1.0
+
     def quantile_s(self, part: float) -> float:
         """The age by which this part of the tasks has ended."""
         return _EDGES[min(bisect_left(self._ended, part), len(_EDGES) - 1)]

@@ -200,6 +200,25 @@ async def test_after_a_refusal_more_is_tried_soon_and_ever_later_while_it_is_ref
     assert TRY_S[2] / 2 <= waits[-1] <= 2 * TRY_S[2]
 
 
+@pytest.mark.parametrize("fixed", [None, FIRST_LIMIT])
+@virtual_time
+async def test_slots_are_short_while_somebody_waits_and_the_limit_is_known(fixed: int | None) -> None:
+    slots = slots_of(fixed=fixed)
+    for _ in range(FIRST_LIMIT):
+        await slots.take()
+    assert not slots.are_short
+    async with anyio.create_task_group() as group:
+        group.start_soon(slots.take)
+        await anyio.sleep(0.1)
+        assert slots.are_short == (fixed is not None)  # else the limit goes on growing
+        slots.refused(FIRST_LIMIT)
+        assert slots.are_short
+        slots.give()  # the one that was refused
+        slots.give()
+        await anyio.sleep(0.1)
+        assert not slots.are_short
+
+
 @virtual_time
 async def test_when_the_account_allows_more_again_the_limit_climbs_back() -> None:
     slots = slots_of(ceiling=32)

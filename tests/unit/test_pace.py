@@ -10,6 +10,8 @@ from itertools import count, pairwise
 from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from batchrun.rules.pace import (
     _EDGES,
@@ -243,6 +245,21 @@ def test_the_expected_wait_of_a_task_grows_with_the_chance_that_it_is_over() -> 
     assert 0 < spread.waited_s(0.0, 1.0) < spread.waited_s(0.0, 3.0) < 3.0
     assert Spread([0.0] * (len(_EDGES) - 1)).waited_s(0.0, 100.0) == 0.0
     assert Spread([1.0] + [0.0] * (len(_EDGES) - 2)).waited_s(5.0, 8.0) == 3.0  # it should be over long since
+
+
+@given(st.floats(0, 8000), st.floats(0, 8000), st.floats(0, 8000))
+def test_a_task_seen_unfinished_is_ever_likelier_to_have_ended_since(
+    seen_s: float, a_s: float, b_s: float
+) -> None:
+    spread = unknown()
+    sooner, later = sorted((a_s, b_s))
+    assert 0 <= spread.ended_since(seen_s, sooner) <= spread.ended_since(seen_s, later) <= 1
+    assert spread.ended_since(seen_s, seen_s) == 0.0
+    assert spread.ended_since(0.0, later) == pytest.approx(spread.ended(later))
+
+
+def test_a_task_that_outlasted_all_others_has_ended_for_all_we_know() -> None:
+    assert Spread([1.0] + [0.0] * (len(_EDGES) - 2)).ended_since(5.0, 8.0) == 1.0
 
 
 @pytest.mark.parametrize(

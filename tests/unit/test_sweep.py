@@ -9,13 +9,26 @@ from random import Random
 
 import anyio
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from batchrun import errors
 from batchrun.dispatch.sweep import AGAIN_S, FROM, LEAST_FAILURES, MAX_PAGES, Sweeps
 from batchrun.dispatch.track import BUDGET_PER_S, Left, Tracker
 from batchrun.model import RemoteOutput, Task
 from batchrun.rules.pace import ADVICE_S, BURST, STUCK_S
-from batchrun.rules.pages import MARGIN, PAGE, Page, best, requests_per_s
+from batchrun.rules.pages import (
+    HURRIED_ENDS,
+    LEAST_TICK_S,
+    MARGIN,
+    PAGE,
+    TICK_S,
+    Page,
+    best,
+    hurried_requests_per_s,
+    requests_per_s,
+    tick_s,
+)
 from batchrun.rules.policy import ERROR_PATIENCE_S, Succeeded, TaskFailed
 from tests.support.clock import virtual_time
 
@@ -47,6 +60,35 @@ def test_a_page_asks_for_no_more_than_the_service_gives() -> None:
     assert isinstance(choice, Page)
     assert choice.limit <= PAGE
     assert choice.last - choice.first + 1 <= PAGE - 2 * MARGIN + 1
+
+
+@pytest.mark.parametrize(
+    ("ended", "is_due"),
+    [
+        ([HURRIED_ENDS / 8] * 8, True),
+        ([HURRIED_ENDS / 9] * 8, False),
+        # with few tasks each is worth more
+        ([HURRIED_ENDS / 8] * 2, True),
+        ([HURRIED_ENDS / 9], False),
+    ],
+)
+def test_where_rows_wait_a_page_is_due_once_a_task_is_likely_to_have_ended(
+    ended: list[float], is_due: bool
+) -> None:
+    places, waited_s = list(range(len(ended))), [0.001] * len(ended)
+    assert best(places, waited_s) is None
+    assert (best(places, waited_s, ended) is not None) == is_due
+
+
+@given(active=st.integers(1, 5000), typical_s=st.floats(0, 1e5), budget_per_s=st.floats(0.1, 1000))
+def test_where_rows_wait_pages_stay_within_the_budget_and_are_not_thought_of_all_the_time(
+    active: int, typical_s: float, budget_per_s: float
+) -> None:
+    per_s = hurried_requests_per_s(active, typical_s=typical_s, budget_per_s=budget_per_s)
+    assert min(budget_per_s, 1 / ADVICE_S) <= per_s <= budget_per_s
+    wait_s = tick_s(active, typical_s=typical_s)
+    assert LEAST_TICK_S <= wait_s <= TICK_S
+    assert wait_s >= min(TICK_S, active * TICK_S / PAGE)  # each time takes as long as there are tasks
 
 
 def test_pages_of_many_tasks_take_no_more_than_the_budget() -> None:
@@ -124,10 +166,10 @@ class Service:
 
 @asynccontextmanager
 async def sweeping(
-    service: Service, notes: list[str], *, budget_per_s: float = BUDGET_PER_S
+    service: Service, notes: list[str], *, budget_per_s: float = BUDGET_PER_S, is_hurried: bool = False
 ) -> AsyncIterator[Tracker]:
     tracker = Tracker(service, rng=Random(0), budget_per_s=budget_per_s)
-    tracker.add(lambda tracker: Sweeps(tracker, service, note=notes.append))
+    tracker.add(lambda tracker: Sweeps(tracker, service, hurried=lambda: is_hurried, note=notes.append))
     async with anyio.create_task_group() as group:
         group.start_soon(tracker.run)
         yield tracker
@@ -186,6 +228,57 @@ async def test_few_tasks_are_looked_at_one_by_one() -> None:
         for _ in range(FROM - 1):
             group.start_soon(follow)
     assert service.lists == 0
+
+
+async def follow_in_turn(service: Service, tasks: int, *, slots: int, is_hurried: bool) -> float:
+    """Follow so many tasks, so many at a time; returns how long that took."""
+    began_at = anyio.current_time()
+    async with (
+        sweeping(service, [], is_hurried=is_hurried) as tracker,
+        anyio.create_task_group() as group,
+    ):
+
+        async def follow(number: int) -> None:
+            for _ in range(number, tasks, slots):
+                await tracker.follow(task_id=service.make(), token="", tool=1)
+
+        for number in range(slots):
+            group.start_soon(follow, number)
+    return anyio.current_time() - began_at
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5, 12])
+@virtual_time
+async def test_while_rows_wait_few_tasks_are_followed_closely_by_pages_and_few_looks(slots: int) -> None:
+    patient, hurried = Service(), Service()
+    patient_s = await follow_in_turn(patient, 40 * slots, slots=slots, is_hurried=False)
+    hurried_s = await follow_in_turn(hurried, 40 * slots, slots=slots, is_hurried=True)
+    assert hurried_s < patient_s
+    assert mean_lag_s(hurried) < 0.8 * mean_lag_s(patient)
+    assert hurried.lists + hurried.details < 40 * slots * 3 * max(1, 8 / slots)
+    assert hurried.details <= 40 * slots * (BURST + 9 / ADVICE_S)  # the service's advice holds
+
+
+@virtual_time
+async def test_while_rows_wait_an_end_is_seen_soon_though_little_is_known_of_the_tool() -> None:
+    service = Service()
+    async with sweeping(service, [], is_hurried=True) as tracker:
+        tracker.durations[1].add(0.5, over_s=0.04)
+        await tracker.follow(task_id=service.make(), token="", tool=1)
+    assert mean_lag_s(service) < 3.0
+
+
+@virtual_time
+async def test_while_rows_wait_a_task_that_overruns_all_others_does_not_cause_a_storm() -> None:
+    service = Service()
+    service.stays = {"30": "task_start"}
+    async with sweeping(service, [], is_hurried=True) as tracker:
+        for _ in range(29):
+            await tracker.follow(task_id=service.make(), token="", tool=1)
+        asked = service.lists + service.details
+        with anyio.move_on_after(100):
+            await tracker.follow(task_id=service.make(), token="", tool=1)
+    assert service.lists + service.details - asked < 100 * 6
 
 
 @pytest.mark.parametrize(
