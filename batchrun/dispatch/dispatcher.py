@@ -346,7 +346,7 @@ class Dispatcher:
                 f"{time.strftime('%H:%M on %d %b', until)} (--max-pause)"
             )
         if reason == UNREACHABLE and self._limits.address:
-            return f"{reason}: {self._limits.address}"
+            return f"{reason}: {self._limits.address} ({self._submitter.trouble})"
         return reason
 
     def _outage_patience_s(self) -> float:

@@ -107,6 +107,8 @@ class Submitter:
         #: When a doubtful submit of this process can last have been running, in monotonic seconds.
         self._lost_at: dict[int, float] = {}
         self.health = Health()
+        #: What the newest submit in trouble met, for people.
+        self.trouble = ""
         #: How often in a row a row's submit met trouble at the server, and since when.
         self._refusals: dict[int, tuple[int, float]] = {}
         #: Tools the service says it does not have; None until a second answer confirms it.
@@ -214,6 +216,7 @@ class Submitter:
         is_unsound = isinstance(decision, Doubt) or decision == Pause(UNREACHABLE)
         own_times = 0
         if is_unsound:
+            self.trouble = str(error)
             own_times = self.health.trouble(row.seq, at=now, sent_after=sent_after)
             self._gate.trouble(UNREACHABLE, probe=probe, is_outage=self.health.is_outage)
         else:
