@@ -33,7 +33,7 @@ EXIT_USAGE = 2
 EXIT_STOPPED = 3
 #: Garbage is looked for when there are so many objects more. Modules leave hardly any behind, and are a
 #: hundred thousand: at Python's own 700 the search was a fifth of a start, at 20,000 still a tenth.
-GARBAGE = 200_000
+GARBAGE_AT_START = 200_000
 #: Errors after which running again is of no use before someone has seen to it.
 _TO_BE_MENDED = (UsageError, FolderTaken, StoreTooNew, StoreDamaged)
 #: What may run out at any line, be it the import of a module.
@@ -67,7 +67,7 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code. What we raise on purpose is said without a traceback."""
-    gc.set_threshold(GARBAGE)
+    gc.set_threshold(GARBAGE_AT_START)
     streams.mend()
     try:
         code = cli.main(args=arguments, prog_name="batchrun", standalone_mode=False)

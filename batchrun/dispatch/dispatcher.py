@@ -151,12 +151,18 @@ class Dispatcher:
             least = FROM if limits.track == "auto" else 1
             self._tracker.add(
                 lambda tracker: Sweeps(
-                    tracker, service, least=least, hurried=lambda: self._slots.are_short, note=self._say
+                    tracker, service, least=least, hurried=self._is_slot_wanted, note=self._say
                 )
             )
         if limits.track == "websocket":
             self._tracker.add(lambda tracker: Hearing(tracker, service, rng=rng, note=self._say))
-        self._doubts = Doubts(service, store.known_tasks, store.known_task, self._is_true_echo)
+        self._doubts = Doubts(
+            service,
+            store.known_tasks,
+            store.known_task,
+            self._is_true_echo,
+            newest_known=lambda: self._submitter.newest_task,
+        )
         self._submitter = Submitter(
             store=store,
             service=service,
@@ -305,6 +311,10 @@ class Dispatcher:
             if reason is not None:
                 self.stop(reason)
 
+    def _is_slot_wanted(self) -> bool:
+        """Whether the end of a task would let a row be submitted."""
+        return self._slots.are_short and self._gate.reason is None
+
     def _say(self, message: str) -> None:
         self._progress.announce(Fact.NOTE, message=message)
 
@@ -388,10 +398,15 @@ class Dispatcher:
             return verdict.is_open  # it may go on and be billed beside the next one
         return isinstance(verdict, Left) and verdict.is_stuck and self._limits.kill_stuck
 
-    async def _follow_task(self, row: Row, *, age_s: float) -> Ended:
+    async def _follow_task(self, row: Row, *, age_s: float, at_once: bool = False) -> Ended:
         attempt = _open_attempt(row)
         return await self._tracker.follow(
-            task_id=attempt.task_id or "", token=attempt.token, tool=row.tool, images=row.images, age_s=age_s
+            task_id=attempt.task_id or "",
+            token=attempt.token,
+            tool=row.tool,
+            images=row.images,
+            age_s=age_s,
+            at_once=at_once,
         )
 
     async def _is_true_echo(self, task: Task) -> bool:
@@ -454,7 +469,7 @@ class Dispatcher:
                 if not is_last:
                     continue  # after the last one it is looked at all the same: its answer may be lost
             with anyio.move_on_after(CANCEL_S):
-                return await self._follow_task(row, age_s=1.0)
+                return await self._follow_task(row, age_s=1.0, at_once=True)
         return None, Left("the task could not be cancelled; it goes on at the service")
 
     # --- saving ---------------------------------------------------------------------------------------------

@@ -58,8 +58,8 @@ class _Case:
     busy: Callable[[], bool]
     settled: anyio.Event = field(default_factory=anyio.Event)
     answer: Adopt | Absent | Hold | errors.CredentialsRefused | None = None
-    #: The newest task of ours that was known when the listing was first read for it, 0: none was.
-    newest_known: int | None = None
+    #: The newest task that was known while the lost one may have been on its way; 0: none was.
+    newest_known: int = 0
     #: When the first correct reading was begun that could already show the task; None: none yet.
     correct_at: float | None = None
 
@@ -73,16 +73,18 @@ class Doubts:
         known_tasks: Callable[[Collection[str]], Awaitable[Mapping[str, int | None]]],
         known_task: Callable[[], Awaitable[str | None]],
         is_true_echo: Callable[[Task], Awaitable[bool]],
+        newest_known: Callable[[], int | None],
     ) -> None:
         """`known_tasks` tells which of some ids this run knows, each with its tool's number in the run.
 
         `known_task` tells one of all it knows, `is_true_echo` whether a known task shows what its
-        row asked for.
+        row asked for, `newest_known` the number of the newest task of the account that is known.
         """
         self._client = listings
         self._known_tasks = known_tasks
         self._known_task = known_task
         self._is_true_echo = is_true_echo
+        self._newest_known = newest_known
         self._cases: list[_Case] = []
         self._woken = anyio.Event()
         self._failing_since: float | None = None
@@ -197,11 +199,10 @@ class Doubts:
         listed = Backwards(self._page)
         reached: list[_Case] = []
         ahead, next_at = list(cases), 1
-        known = await self._known_task()
-        ours_expected = known is not None
+        ours_expected = await self._known_task() is not None
         for case in cases:
-            if case.newest_known is None:
-                case.newest_known = task_number(known or "") or 0
+            if begun_at < case.lost_at + GRACE_S or not case.newest_known:
+                case.newest_known = self._newest_known() or 0
         to_ours = ours_expected and any(begun_at >= case.lost_at + GRACE_S for case in cases)
         for number in range(1, MAX_PAGES + 1):
             found = await listed.more()

@@ -88,7 +88,8 @@ class Submitter:
     ) -> None:
         #: Set once the newest task before the first submit has been asked for.
         self.may_begin = anyio.Event()
-        self._newest_task: int | None = None
+        #: The newest task of the account that is known, by its number.
+        self.newest_task: int | None = None
         self._store = store
         self._service = service
         self._doubts = doubts
@@ -119,7 +120,7 @@ class Submitter:
     def learn_newest(self, task: int | None) -> None:
         """Remember the newest task id that is known; None: none is."""
         if task is not None:
-            self._newest_task = max(self._newest_task or 0, task)
+            self.newest_task = max(self.newest_task or 0, task)
 
     # --- a planned row --------------------------------------------------------------------------------
 
@@ -160,7 +161,7 @@ class Submitter:
         self._under_way[row.seq] = _Asked(body)
         try:
             row = await self._store.record_intent(
-                Intent(row.seq, time.time(), self._service.server_now(), self._newest_task, reserved_usd)
+                Intent(row.seq, time.time(), self._service.server_now(), self.newest_task, reserved_usd)
             )
             if self._sign.reason is not None:
                 await self._store.withdraw(row.seq)

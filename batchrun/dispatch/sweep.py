@@ -21,7 +21,7 @@ from batchrun.rules import pages
 from batchrun.rules.pace import Spread, advised_s
 from batchrun.rules.pages import Page
 
-#: From so many active tasks on pages are cheaper than single looks; they then go on to the last task.
+#: From so many active tasks on pages are cheaper than single looks; once read, they go on to the last task.
 FROM = 20
 #: Pages under way at once.
 MAX_PAGES = 8
@@ -53,6 +53,8 @@ class _Entry:
     #: How many we had submitted with this one.
     ordinal: int
     misses: int = 0
+    #: A page has shown it.
+    shown: bool = False
 
 
 class Sweeps:
@@ -67,7 +69,7 @@ class Sweeps:
         hurried: Callable[[], bool] = lambda: False,
         note: Callable[[str], None],
     ) -> None:
-        """`least`: so many active tasks make pages worth while; `hurried`: whether rows wait for an end."""
+        """`least`: so many active tasks make pages worth while; one does where rows wait (`hurried`)."""
         self.pages = 0
         self._tracker = tracker
         self._lists = lists
@@ -88,9 +90,11 @@ class Sweeps:
     # --- as a cover of the tracker -----------------------------------------------------------------------
 
     def covers(self, watch: Watch) -> bool:
-        """Whether pages are read and show this task."""
+        """Whether pages are read and show this task, or are sure to where tasks are many."""
         entry = self._entries.get(watch)
-        return self._is_on and entry is not None and entry.misses < LEAST_MISSES
+        if not self._is_on or entry is None or entry.misses >= LEAST_MISSES:
+            return False
+        return entry.shown or len(self._entries) >= self._least
 
     def begin(self, watch: Watch) -> None:
         """The task is followed from now on."""
@@ -140,13 +144,14 @@ class Sweeps:
 
     def _requests_per_s(self) -> float:
         active, budget_per_s = len(self._entries), self._tracker.budget.per_s
-        if (
-            self._hurried()
-        ):  # by the median: while little is known of a tool, what might take hours rules a mean
-            typical_s = self._mean(lambda spread: spread.quantile_s(0.5))
-            return pages.hurried_requests_per_s(active, typical_s=typical_s, budget_per_s=budget_per_s)
         alive_s = self._mean(lambda spread: spread.mean_s)
-        return pages.requests_per_s(active, alive_s=alive_s, budget_per_s=budget_per_s)
+        usual_per_s = pages.requests_per_s(active, alive_s=alive_s, budget_per_s=budget_per_s)
+        if not self._hurried():
+            return usual_per_s
+        # by the median: while little is known of a tool, what might take hours rules a mean
+        typical_s = self._mean(lambda spread: spread.quantile_s(0.5))
+        per_s = pages.hurried_requests_per_s(active, typical_s=typical_s, budget_per_s=budget_per_s)
+        return max(usual_per_s, per_s)
 
     def _mean(self, seconds_of: Callable[[Spread], float]) -> float:
         """On average over the tasks that are active."""
@@ -233,6 +238,7 @@ class Sweeps:
                 continue
             shown.append(entry)
             entry.place, entry.submitted, entry.misses = page.start + at, submitted, 0
+            entry.shown = True
             self._tracker.listed(entry.watch, task, asked_at=asked_at)
         fresh = [entry for entry in shown if entry.watch.fresh]
         if fresh and (between := fresh[0].ordinal - fresh[-1].ordinal) > 0:

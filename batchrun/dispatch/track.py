@@ -165,11 +165,18 @@ class Tracker:
         self._covers.append(make(self))
 
     async def follow(
-        self, *, task_id: str, token: str, tool: int, images: int = 1, age_s: float = 0.0
+        self,
+        *,
+        task_id: str,
+        token: str,
+        tool: int,
+        images: int = 1,
+        age_s: float = 0.0,
+        at_once: bool = False,
     ) -> Ended:
         """Wait until the task has ended; returns it as last seen and what that means.
 
-        `images` were asked for.
+        `images` were asked for. `at_once`: the first look is not left to whoever covers the task.
 
         Raises CredentialsRefused when looking is refused for good.
         """
@@ -189,7 +196,8 @@ class Tracker:
         self.watches[task_id] = watch
         for cover in self._covers:
             cover.begin(watch)
-        self.schedule(watch, now if age_s > 0 else now + self.durations[tool].next_look_s(0.0))
+        wait_s = 0.0 if age_s > 0 else self.durations[tool].next_look_s(0.0)
+        self.schedule(watch, now + wait_s, pressing=at_once)
         try:
             await watch.ended.wait()
         finally:

@@ -63,11 +63,9 @@ def best(places: Sequence[int], waited_s: Sequence[float], ended: Sequence[float
             most, chosen = total, (first, last)
     page = page_of(places, *chosen)
     price_s = PAGE_PRICE_S + SHOWN_PRICE_S * page.limit
-    if ended:
-        is_due = sum(ended) >= HURRIED_ENDS * min(1.0, len(places) / HURRIED_TASKS)
-    else:
-        is_due = most >= price_s * min(1.0, len(places) / FEW)  # the last tasks of a run hold up its end
-    if not is_due:
+    is_worth_it = most >= price_s * min(1.0, len(places) / FEW)  # the last tasks of a run hold up its end
+    is_due = bool(ended) and sum(ended) >= HURRIED_ENDS * min(1.0, len(places) / HURRIED_TASKS)
+    if not (is_worth_it or is_due):
         return None
     return single if waited_s[single] * PAGE_WORK > most else page
 
@@ -79,7 +77,7 @@ def page_of(places: Sequence[int], first: int, last: int) -> Page:
 
 
 def due_s(active: int, *, typical_s: float) -> float:
-    """Seconds from page to page where rows wait for one of so many tasks, half of which take `typical_s`."""
+    """Seconds from page to page where rows wait for one of so many tasks; `typical_s`: their median."""
     return min(ADVICE_S, HURRIED_ENDS * max(typical_s, 0.1) / max(active, HURRIED_TASKS))
 
 

@@ -285,9 +285,9 @@ def settle_doubt(
 ) -> Adopt | Absent | LookAgain | Hold:
     """What a listing says of a doubt whose POST can last have been running at `lost_at` (monotonic s).
 
-    `newest_known` is the newest task of ours at that time or soon after: a listing that is older than that
-    task may be too old for the lost one, too. `earlier_at` is when an earlier correct reading was begun; None
-    when there was none.
+    `newest_known` is the newest task that was known while the lost one may have been on its way: a listing
+    older than that may be too old for the lost one, too. `earlier_at` is when an earlier correct reading was
+    begun; None when there was none.
     """
     matches = [(compare(doubt, task), task) for task in listing.like(doubt)]
     # the oldest match first: among identical rows the first lost submit takes the first task

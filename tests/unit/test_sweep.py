@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from random import Random
 
 import anyio
@@ -259,6 +260,59 @@ async def test_while_rows_wait_few_tasks_are_followed_closely_by_pages_and_few_l
     assert hurried.details <= 40 * slots * (BURST + 9 / ADVICE_S)  # the service's advice holds
 
 
+@pytest.mark.parametrize("slots", [5, 24])
+@virtual_time
+async def test_while_rows_wait_slow_tasks_are_seen_to_end_no_later_than_else(slots: int) -> None:
+    patient, hurried = Service(), Service()
+    for service in (patient, hurried):
+        service.slow, service.slower_s = 10_000, 30.0
+    await follow_in_turn(patient, 12 * slots, slots=slots, is_hurried=False)
+    await follow_in_turn(hurried, 12 * slots, slots=slots, is_hurried=True)
+    assert mean_lag_s(hurried) <= 1.1 * mean_lag_s(patient)
+
+
+@virtual_time
+async def test_while_rows_wait_a_slow_tool_s_tasks_do_not_keep_pages_from_a_quick_one_s() -> None:
+    service, quick = Service(), list[str]()
+    async with sweeping(service, [], is_hurried=True) as tracker, anyio.create_task_group() as group:
+
+        async def follow(tool: int, tasks: int, seconds: float) -> None:
+            for _ in range(tasks):
+                task = service.make()
+                service.made[-1] = (int(task), anyio.current_time(), seconds)
+                quick.extend([task] if tool == 1 else [])
+                await tracker.follow(task_id=task, token="", tool=tool)
+
+        for _ in range(2):
+            group.start_soon(follow, 1, 100, 1.0)
+        for _ in range(3):
+            group.start_soon(follow, 2, 4, 60.0)
+    assert sum(service.lag_s[task] for task in quick) / len(quick) < 0.25
+
+
+@pytest.mark.parametrize("age_s", [1.0, 600.0])
+@virtual_time
+async def test_while_rows_wait_a_task_taken_up_again_is_looked_at_at_once(age_s: float) -> None:
+    service = Service()
+    async with sweeping(service, [], is_hurried=True) as tracker, anyio.create_task_group() as group:
+        for _ in range(4):
+            group.start_soon(partial(tracker.follow, task_id=service.make(), token="", tool=1))
+        await anyio.sleep(4)
+        task = service.make()
+        service.made[-1] = (int(task), anyio.current_time() - 1000, 1.0)
+        begun_at = anyio.current_time()
+        await tracker.follow(task_id=task, token="", tool=1, age_s=age_s)
+        assert anyio.current_time() - begun_at < 1
+
+
+@virtual_time
+async def test_while_rows_wait_a_list_that_hangs_holds_up_nobody() -> None:
+    service = Service()
+    service.takes_s, service.list_error = 15.0, errors.ReplyLost("no answer in time")
+    await follow_in_turn(service, 100, slots=5, is_hurried=True)
+    assert max(service.lag_s.values()) < 3.0
+
+
 @virtual_time
 async def test_while_rows_wait_an_end_is_seen_soon_though_little_is_known_of_the_tool() -> None:
     service = Service()
@@ -278,7 +332,7 @@ async def test_while_rows_wait_a_task_that_overruns_all_others_does_not_cause_a_
         asked = service.lists + service.details
         with anyio.move_on_after(100):
             await tracker.follow(task_id=service.make(), token="", tool=1)
-    assert service.lists + service.details - asked < 100 * 6
+    assert service.lists + service.details - asked < 250  # of 1600 that few tasks may take
 
 
 @pytest.mark.parametrize(
