@@ -24,7 +24,7 @@ PAGE_PRICE_S, SHOWN_PRICE_S = 0.02, 0.001
 FEW_PER_S = 16.0
 #: Where rows wait for a slot, an end that nobody has seen holds one up: a page is due once so many tasks are
 #: likely to have ended, and sooner with fewer active tasks than the second number. With 5 slots and tasks of
-#: 6 to 20 s the slots are full for 95.6% of the time then, not 93.4%.
+#: 6 to 20 s the slots are full for 96% of the time then, not 93% (in virtual time).
 HURRIED_ENDS, HURRIED_TASKS = 0.5, 8
 #: How often it is asked what a page is worth, and at most where rows wait for a slot, in seconds.
 TICK_S, LEAST_TICK_S = 0.05, 0.01

@@ -66,9 +66,10 @@ def test_a_run_over_tls_with_a_certificate_of_an_authority_of_the_user_s_own(
         here = Here(tmp_path, wiro)
         trusted = tmp_path / "authority.pem"
         authority.cert_pem.write_to_path(str(trusted))
-        done = here.run(here.rows(4), "--track", track, env={"SSL_CERT_FILE": str(trusted)})
+        done = here.run(here.rows(4), "--track", track, "--log", "log", env={"SSL_CERT_FILE": str(trusted)})
         assert done.returncode == 0, done.stdout + done.stderr
         assert len(here.images()) == 4
+        assert "events cannot be had" not in (tmp_path / "log").read_text()
 
 
 def test_a_certificate_that_nobody_trusts_is_said_to_be_why_the_run_waits_and_nothing_is_sent(
