@@ -27,6 +27,8 @@ FROM = 20
 MAX_PAGES = 8
 #: A list that fails, or shows none of our tasks, so often in a row is of no use.
 LEAST_FAILURES = 3
+#: New tasks may be listed so much later: where there are few, all may be new.
+LISTED_S = 10.0
 #: It is then tried again after this long, and ever later up to a bound.
 AGAIN_S, MOST_AGAIN_S = 60.0, 3600.0
 #: A task that pages did not show so often is looked at by itself.
@@ -83,6 +85,8 @@ class Sweeps:
         self._is_on = False
         self._under_way = 0
         self._failures = 0
+        #: When pages were begun, or one last showed a task of ours.
+        self._shown_at = 0.0
         self._off_until = 0.0
         self._off_s = AGAIN_S
         self._told = False
@@ -129,6 +133,7 @@ class Sweeps:
         active = len(self._entries)
         if not self._is_on:
             self._is_on = active >= (1 if self._hurried() else self._least) and now >= self._off_until
+            self._shown_at = now
         elif not active:
             self._is_on = False
 
@@ -250,8 +255,8 @@ class Sweeps:
             if entry.misses == LEAST_MISSES:
                 self._tracker.look_as_planned(entry.watch)
         if shown:
-            self._failures, self._off_s = 0, AGAIN_S
-        elif missed:
+            self._failures, self._off_s, self._shown_at = 0, AGAIN_S, asked_at
+        elif missed and (len(self._entries) >= self._least or asked_at - self._shown_at >= LISTED_S):
             self._failed(missed, "it does not show the run's tasks")
 
     def _moved(self, entry: _Entry, page: Page, tasks: list[Task], submitted: int) -> bool:

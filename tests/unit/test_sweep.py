@@ -110,6 +110,8 @@ class Service:
         #: Every so many-th list fails.
         self.fails_every = 10**9
         self.hides: set[str] = set()
+        #: Tasks are listed so long after they were made.
+        self.listed_after_s = 0.0
         self.fails = self.cancelled = False
         #: Ended tasks show their images so much later.
         self.late_s = 0.0
@@ -161,7 +163,8 @@ class Service:
             raise self.list_error
         if number % self.fails_every == 0:
             raise errors.ServerFault("502")
-        numbers = [made for made, _, _ in reversed(self.made) if str(made) not in self.hides]
+        until = anyio.current_time() - self.listed_after_s
+        numbers = [made for made, at, _ in reversed(self.made) if str(made) not in self.hides and at <= until]
         return [self.shown(made) for made in numbers[start : start + limit]]
 
 
@@ -231,11 +234,14 @@ async def test_few_tasks_are_looked_at_one_by_one() -> None:
     assert service.lists == 0
 
 
-async def follow_in_turn(service: Service, tasks: int, *, slots: int, is_hurried: bool) -> float:
+async def follow_in_turn(
+    service: Service, tasks: int, *, slots: int, is_hurried: bool, notes: list[str] | None = None
+) -> float:
     """Follow so many tasks, so many at a time; returns how long that took."""
     began_at = anyio.current_time()
+    said = [] if notes is None else notes
     async with (
-        sweeping(service, [], is_hurried=is_hurried) as tracker,
+        sweeping(service, said, is_hurried=is_hurried) as tracker,
         anyio.create_task_group() as group,
     ):
 
@@ -311,6 +317,26 @@ async def test_while_rows_wait_a_list_that_hangs_holds_up_nobody() -> None:
     service.takes_s, service.list_error = 15.0, errors.ReplyLost("no answer in time")
     await follow_in_turn(service, 100, slots=5, is_hurried=True)
     assert max(service.lag_s.values()) < 3.0
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+@virtual_time
+async def test_while_rows_wait_a_list_that_shows_new_tasks_late_is_of_use_all_the_same(slots: int) -> None:
+    service, notes = Service(), list[str]()
+    service.listed_after_s = 3.0
+    await follow_in_turn(service, 30 * slots, slots=slots, is_hurried=True, notes=notes)
+    assert notes == []
+    assert mean_lag_s(service) < 0.5
+
+
+@virtual_time
+async def test_while_rows_wait_a_list_that_never_shows_few_tasks_is_given_up() -> None:
+    service, notes = Service(), list[str]()
+    service.hides = {str(number) for number in range(1, 10_000)}
+    await follow_in_turn(service, 40, slots=2, is_hurried=True, notes=notes)
+    assert len(notes) == 1
+    assert service.lists < 200
+    assert mean_lag_s(service) < 1.0
 
 
 @virtual_time
