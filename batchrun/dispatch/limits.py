@@ -22,7 +22,7 @@ FIRST_LIMIT = 8
 LOOK_S = 0.5
 #: Where the account is full a submit is tried so often for each that is accepted: Run itself tells of a free
 #: slot sooner than looks at tasks do. Tries that find none grow rarer, down to the second number. With 32
-#: slots 1.2 submits are refused for each that is accepted; with fewer it is more, but then tries are few.
+#: slots one submit is refused for each that is accepted; with fewer it is less, since pages find more ends.
 TRIES = (3.2, 0.25)
 #: From try to try: the first wait while nothing was accepted, the shortest and the longest one, in seconds.
 TRY_S = (1.0, 0.01, 60.0)

@@ -114,25 +114,25 @@ class Sweeps:
 
     async def run(self) -> None:
         """Read pages while they are worth it, until cancelled."""
-        allowance, before = 0.0, anyio.current_time()
+        allowance, before, wait_s = 0.0, anyio.current_time(), pages.TICK_S
         async with anyio.create_task_group() as group:
             while True:
-                await anyio.sleep(self._tick_s())
-                now = anyio.current_time()
-                self._turn(now)
+                await anyio.sleep(wait_s)
+                now, is_hurried = anyio.current_time(), self._hurried()
+                self._turn(now, 1 if is_hurried else self._least)
                 if not self._is_on:
-                    before = now
+                    before, wait_s = now, pages.TICK_S
                     continue
-                rate = self._requests_per_s()
+                rate, wait_s = self._pace(is_hurried=is_hurried)
                 allowance = min(max(1.0, rate * 2 * pages.TICK_S), allowance + rate * max(0.0, now - before))
                 before = now
-                allowance -= self._ask(group, int(allowance), now)
+                allowance -= self._ask(group, int(allowance), now, is_hurried=is_hurried)
 
-    def _turn(self, now: float) -> None:
+    def _turn(self, now: float, least: int) -> None:
         """Begin to read pages when tasks are many, and cease when none is left."""
         active = len(self._entries)
         if not self._is_on:
-            self._is_on = active >= (1 if self._hurried() else self._least) and now >= self._off_until
+            self._is_on = active >= least and now >= self._off_until
             self._shown_at = now
         elif not active:
             self._is_on = False
@@ -142,21 +142,17 @@ class Sweeps:
         for entry in self._entries.values():
             self._tracker.look_as_planned(entry.watch)
 
-    def _tick_s(self) -> float:
-        if not (self._is_on and self._entries and self._hurried()):
-            return pages.TICK_S
-        return pages.tick_s(len(self._entries), typical_s=self._mean(lambda spread: spread.quantile_s(0.5)))
-
-    def _requests_per_s(self) -> float:
+    def _pace(self, *, is_hurried: bool) -> tuple[float, float]:
+        """Requests per second that pages may take, and after how long to ask again what one is worth."""
         active, budget_per_s = len(self._entries), self._tracker.budget.per_s
         alive_s = self._mean(lambda spread: spread.mean_s)
         usual_per_s = pages.requests_per_s(active, alive_s=alive_s, budget_per_s=budget_per_s)
-        if not self._hurried():
-            return usual_per_s
+        if not is_hurried:
+            return usual_per_s, pages.TICK_S
         # by the median: while little is known of a tool, what might take hours rules a mean
         typical_s = self._mean(lambda spread: spread.quantile_s(0.5))
         per_s = pages.hurried_requests_per_s(active, typical_s=typical_s, budget_per_s=budget_per_s)
-        return max(usual_per_s, per_s)
+        return max(usual_per_s, per_s), pages.tick_s(active, typical_s=typical_s)
 
     def _mean(self, seconds_of: Callable[[Spread], float]) -> float:
         """On average over the tasks that are active."""
@@ -165,15 +161,16 @@ class Sweeps:
 
     # --- asking --------------------------------------------------------------------------------------------
 
-    def _ask(self, group: anyio.abc.TaskGroup, most: int, now: float) -> int:
+    def _ask(self, group: anyio.abc.TaskGroup, most: int, now: float, *, is_hurried: bool) -> int:
         """Send the requests that are worth most, up to `most`; returns how many went out."""
         if most < 1 or self._tracker.is_quiet:
             return 0
         entries = [entry for entry in self._entries.values() if not entry.watch.pressing]
         entries.sort(key=lambda entry: -entry.number)
         places = self._places(entries)
-        waited = [self._waited_s(entry.watch, now) for entry in entries]
-        ended = [self._ended(entry.watch, now) for entry in entries] if self._hurried() else []
+        ages = [self._ages(entry.watch, now) for entry in entries]
+        waited = [spread.waited_s(seen_s, age_s) for spread, seen_s, age_s in ages]
+        ended = [spread.ended_since(seen_s, age_s) for spread, seen_s, age_s in ages] if is_hurried else []
         for sent in range(most):
             if self._under_way >= MAX_PAGES or self._tracker.budget.ready_at(now) > now:
                 return sent
@@ -205,13 +202,10 @@ class Sweeps:
             least += 1
         return places
 
-    def _waited_s(self, watch: Watch, now: float) -> float:
+    def _ages(self, watch: Watch, now: float) -> tuple[Spread, float, float]:
+        """How long such tasks take, and how old this one was when last asked for, and is."""
         spread = self._tracker.durations[watch.tool].spread
-        return spread.waited_s(watch.last_at - watch.begun_at, now - watch.begun_at)
-
-    def _ended(self, watch: Watch, now: float) -> float:
-        spread = self._tracker.durations[watch.tool].spread
-        return spread.ended_since(watch.last_at - watch.begun_at, now - watch.begun_at)
+        return spread, watch.last_at - watch.begun_at, now - watch.begun_at
 
     async def _read(self, page: Page, meant: list[_Entry], submitted: int) -> None:
         asked_at = anyio.current_time()

@@ -280,14 +280,14 @@ def settle_doubt(
     listing: Listing,
     *,
     lost_at: float,
-    newest_known: int | None = None,
+    newest_known: int = 0,
     earlier_at: float | None = None,
 ) -> Adopt | Absent | LookAgain | Hold:
     """What a listing says of a doubt whose POST can last have been running at `lost_at` (monotonic s).
 
     `newest_known` is the newest task that was known while the lost one may have been on its way: a listing
-    older than that may be too old for the lost one, too. `earlier_at` is when an earlier correct reading was
-    begun; None when there was none.
+    older than that may be too old for the lost one, too; 0: none was. `earlier_at` is when an earlier correct
+    reading was begun; None when there was none.
     """
     matches = [(compare(doubt, task), task) for task in listing.like(doubt)]
     # the oldest match first: among identical rows the first lost submit takes the first task
@@ -301,7 +301,7 @@ def settle_doubt(
         return Hold("the service does not echo the parameters of its newest tasks")
     if not listing.reaches(doubt):
         return Hold("the listing does not reach back to before the submit")
-    if newest_known is not None and not listing.shows(newest_known):
+    if not listing.shows(newest_known):
         return Hold("the listing does not show this run's newest tasks")
     if listing.claimed:
         return Absent()

@@ -95,6 +95,7 @@ def test_where_rows_wait_pages_stay_within_the_budget_and_are_not_thought_of_all
 def test_pages_of_many_tasks_take_no_more_than_the_budget() -> None:
     assert requests_per_s(10_000, alive_s=8.0, budget_per_s=50.0) == 50.0
     assert requests_per_s(30, alive_s=60.0, budget_per_s=50.0) < 30 / 2
+    assert requests_per_s(300, alive_s=60.0, budget_per_s=500.0) < 300 / 2
 
 
 class Service:
