@@ -344,6 +344,7 @@ class Runner:
                 halt=parse_halt(job.halt) if job.halt else Halt(),
                 kill_stuck=job.on_stuck == "kill",
                 track=job.track,
+                has_events=self._credentials.has_own_socket,
                 looks_per_s=job.looks_per_s,
                 submit=self.again is None or not self.again.cancel,
                 address=self._credentials.base_url,

@@ -35,6 +35,11 @@ class Credentials:
     socket_url: str = DEFAULT_SOCKET_URL
 
     @property
+    def has_own_socket(self) -> bool:
+        """Whether both addresses are of one service, as far as that was said: both were given, or neither."""
+        return (self.base_url == DEFAULT_BASE_URL) == (self.socket_url == DEFAULT_SOCKET_URL)
+
+    @property
     def is_local(self) -> bool:
         """Whether the service runs on this machine (the simulator does)."""
         return is_loopback(urlsplit(self.base_url).hostname or "")

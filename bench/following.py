@@ -106,9 +106,9 @@ async def _follow(
     async with Client(credentials(wiro.env)) as client, anyio.create_task_group() as group:
         tracker = Tracker(client, rng=rng)
         if track == "list":
-            tracker.add(lambda tracker: Sweeps(tracker, client, note=print))
+            tracker.add(Sweeps(tracker, client, note=print))
         elif track == "websocket":
-            tracker.add(lambda tracker: Hearing(tracker, client, rng=rng, note=print))
+            tracker.add(Hearing(tracker, client, rng=rng, note=print))
         group.start_soon(tracker.run)
         until = anyio.current_time() + for_s
 

@@ -66,7 +66,7 @@ _track_option = click.option(
     "--track",
     type=click.Choice(["auto", "detail", "list", "websocket"]),
     help="How tasks are followed: one by one, by pages of the task list, or as the service tells over a "
-    "WebSocket. Default: auto, by pages from about 20 on, and of fewer while rows wait for a slot.",
+    "WebSocket. Default: auto, by pages from about 20 on, and over a WebSocket while rows wait for a slot.",
 )
 _looks_option = click.option(
     "--looks-per-s", type=float, metavar="N", help="Requests per second for following tasks. Default: 50."

@@ -25,12 +25,13 @@ from batchrun.dispatch.limits import Gate, Room, Slot, Slots
 from batchrun.dispatch.saving import Saver, Unsaved
 from batchrun.dispatch.stopping import StopSign
 from batchrun.dispatch.submit import Submitter, Submitting
-from batchrun.dispatch.sweep import FROM, Lists, Sweeps
-from batchrun.dispatch.track import BUDGET_PER_S, UNKNOWN_TASK, Ended, Left, Looks, Tracker
+from batchrun.dispatch.sweep import Lists, Sweeps
+from batchrun.dispatch.track import BUDGET_PER_S, UNKNOWN_TASK, Ended, Left, Looks, Tracker, Watch
 from batchrun.dispatch.uploads import Uploading, Uploads
 from batchrun.model import Attempt, Failure, Row, State, Task
 from batchrun.progress import Fact, Progress
 from batchrun.rules.halt import Failures, Halt
+from batchrun.rules.pages import FROM
 from batchrun.rules.policy import (
     BALANCE,
     UNREACHABLE,
@@ -99,6 +100,8 @@ class Limits:
     submit: bool = True
     #: How tasks are followed: "auto", "detail", "list" or "websocket".
     track: str = "auto"
+    #: Whether events come from the same service; else they are asked for by "websocket" only.
+    has_events: bool = True
     #: Requests per second that following tasks may make.
     looks_per_s: float = BUDGET_PER_S
     #: Where the service is asked, for people.
@@ -146,16 +149,7 @@ class Dispatcher:
             fixed=limits.concurrency, ceiling=limits.max_concurrency, known=known_limit, rng=rng
         )
         self._gate = Gate(rng=rng)
-        self._tracker = Tracker(service, budget_per_s=limits.looks_per_s, rng=rng)
-        if limits.track in ("auto", "list"):
-            least = FROM if limits.track == "auto" else 1
-            self._tracker.add(
-                lambda tracker: Sweeps(
-                    tracker, service, least=least, hurried=self._is_slot_wanted, note=self._say
-                )
-            )
-        if limits.track == "websocket":
-            self._tracker.add(lambda tracker: Hearing(tracker, service, rng=rng, note=self._say))
+        self._tracker = self._made_tracker(rng)
         self._doubts = Doubts(
             service,
             store.known_tasks,
@@ -184,6 +178,30 @@ class Dispatcher:
             Step.FOLLOW: self._follow,
             Step.SAVE: self._save,
         }
+
+    def _made_tracker(self, rng: Random) -> Tracker:
+        """What follows tasks; where rows wait for one to end, events tell of that soonest."""
+        track = self._limits.track
+        tracker = Tracker(self._service, budget_per_s=self._limits.looks_per_s, rng=rng)
+        untold: Callable[[Watch], float] = lambda watch: 1.0  # noqa: E731
+        if track == "websocket" or (track == "auto" and self._limits.has_events):
+            wanted = self._is_slot_wanted if track == "auto" else lambda: True
+            hearing = Hearing(tracker, self._service, wanted=wanted, rng=rng, note=self._say)
+            tracker.add(hearing)
+            untold = hearing.untold
+        if track in ("auto", "list"):
+            least = FROM if track == "auto" else 1
+            tracker.add(
+                Sweeps(
+                    tracker,
+                    self._service,
+                    least=least,
+                    hurried=self._is_slot_wanted,
+                    untold=untold,
+                    note=self._say,
+                )
+            )
+        return tracker
 
     @property
     def stopped(self) -> str | None:
@@ -375,7 +393,7 @@ class Dispatcher:
         slot.take_anyway()
         age_s = max(0.0, time.time() - _open_attempt(row).intent_at)
         with self._sign.wait() as waiting:
-            ended = await self._follow_task(row, age_s=age_s if age_s > 5.0 else 0.0)
+            ended = await self._follow_task(row, age_s=age_s if age_s > 5.0 else 0.0, on_told=slot.give)
         if waiting.cancelled_caught:
             if not self._cancelling:
                 return None
@@ -398,7 +416,9 @@ class Dispatcher:
             return verdict.is_open  # it may go on and be billed beside the next one
         return isinstance(verdict, Left) and verdict.is_stuck and self._limits.kill_stuck
 
-    async def _follow_task(self, row: Row, *, age_s: float, at_once: bool = False) -> Ended:
+    async def _follow_task(
+        self, row: Row, *, age_s: float, at_once: bool = False, on_told: Callable[[], None] = lambda: None
+    ) -> Ended:
         attempt = _open_attempt(row)
         return await self._tracker.follow(
             task_id=attempt.task_id or "",
@@ -407,6 +427,7 @@ class Dispatcher:
             images=row.images,
             age_s=age_s,
             at_once=at_once,
+            on_told=on_told,
         )
 
     async def _is_true_echo(self, task: Task) -> bool:

@@ -1,13 +1,15 @@
 """Following tasks by the service's own events: almost no lag, and no promise.
 
 Looks stay the truth. A task counts as covered only while a connection lives that has told something of it;
-looks at it are then far apart. An end that is told is confirmed by one look. Several tasks share a
-connection as long as the service tells of all of them; where it tells of one only, each gets its own, within
-a bound, and tasks beyond that are looked at as if there were no events.
+looks at it are then far apart. An end that is told frees the task's slot, and a look or a page confirms it.
+Several tasks share a connection as long as the service tells of all of them; where it tells of one only, each
+gets its own, within a bound, and tasks beyond that are looked at as if there were no events. Of how many ends
+nothing was told is counted: that much a silence is doubted.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from random import Random
@@ -17,7 +19,7 @@ import anyio
 import anyio.abc
 
 from batchrun import errors
-from batchrun.dispatch.track import Tracker, Watch
+from batchrun.dispatch.track import Left, Tracker, Watch
 from batchrun.rules.policy import backoff_s
 
 #: A token of which nothing is told for so long is asked for elsewhere, or given up until it is.
@@ -30,6 +32,10 @@ SHARED = 200
 MAX_SOCKETS = 64
 #: Connections that are lost are made anew after a wait of up to this.
 MOST_AGAIN_S = 60.0
+#: Whether ends were told is kept of so many tasks; at first one in that many is doubted,
+ENDS_KEPT, FIRST_DOUBT = 100, 20
+#: and where it is this part, events are not relied on.
+MOST_DOUBT = 0.25
 #: So many in a row that could not be had are worth a word.
 LEAST_REFUSALS = 3
 CONNECT_S = 15.0
@@ -89,7 +95,18 @@ class _Line:
 class Hearing:
     """Covers tasks by the service's events; see `track.Cover`."""
 
-    def __init__(self, tracker: Tracker, service: Tells, *, rng: Random, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        tracker: Tracker,
+        service: Tells,
+        *,
+        wanted: Callable[[], bool] = lambda: True,
+        rng: Random,
+        note: Callable[[str], None],
+    ) -> None:
+        """`wanted`: whether events are worth having; once they are, all tasks are asked for from then on."""
+        self._wanted = wanted
+        self._is_on = False
         self._tracker = tracker
         self._service = service
         self._rng = rng
@@ -100,6 +117,8 @@ class Hearing:
         #: Of which tasks a living connection has told something; since when those asked for wait for that.
         self._heard: set[Watch] = set()
         self._asked_at: dict[Watch, float] = {}
+        #: Of the newest tasks heard of and seen to have ended, whether their ends were told.
+        self._ends: deque[bool] = deque(maxlen=ENDS_KEPT)
         #: False once a connection told of some tasks and not of others.
         self._shares = True
         self._group: anyio.abc.TaskGroup | None = None
@@ -107,16 +126,29 @@ class Hearing:
     # --- as a cover of the tracker -----------------------------------------------------------------------
 
     def covers(self, watch: Watch) -> bool:
-        """Whether a living connection has told something of this task."""
-        return watch in self._heard
+        """Whether a living connection has told something of this task, and ends are told."""
+        return watch in self._heard and self._doubt < MOST_DOUBT
+
+    def untold(self, watch: Watch) -> float:
+        """How likely the end of this task is not told."""
+        return self._doubt if watch in self._heard else 1.0
+
+    @property
+    def _doubt(self) -> float:
+        return (1 + self._ends.count(False)) / (FIRST_DOUBT + len(self._ends))
 
     def begin(self, watch: Watch) -> None:
         """The task is followed from now on."""
-        if watch.token:
+        if self._is_on:
             self._place(watch)
+        elif self._wanted():
+            self._is_on = True
+            self._place_all()
 
     def end(self, watch: Watch) -> None:
         """The task is not followed any more."""
+        if watch in self._heard and watch.result is not None and not isinstance(watch.result[1], Left):
+            self._ends.append(False)
         self._heard.discard(watch)
         self._asked_at.pop(watch, None)
         line = self._line_of.pop(watch, None)
@@ -135,9 +167,14 @@ class Hearing:
 
     # --- who is asked for where --------------------------------------------------------------------------
 
+    def _place_all(self) -> None:
+        for watch in list(self._tracker.watches.values()):
+            if watch not in self._line_of:
+                self._place(watch)
+
     def _place(self, watch: Watch) -> None:
         """Ask for a task on a connection with room, or on a new one; on none beyond the bound."""
-        if self._group is None:
+        if self._group is None or not watch.token:
             return
         most = SHARED if self._shares else 1
         line = next((line for line in self._lines if len(line.watches) < line.most), None)
@@ -155,7 +192,9 @@ class Hearing:
         line.scope.cancel()
 
     def _check(self, now: float) -> None:
-        """Find out whether connections tell of all their tasks; place those that have none."""
+        """Find out whether connections tell of all their tasks, to the end; place those that have none."""
+        if self._shares and self._doubt >= MOST_DOUBT:
+            self._stop_sharing()
         for line in list(self._lines):
             unheard = [watch for watch in line.watches if now - self._asked_at.get(watch, now) > UNHEARD_S]
             if unheard and line.most > 1 and any(watch in self._heard for watch in line.watches):
@@ -167,9 +206,19 @@ class Hearing:
                     self._asked_at.pop(watch, None)
             elif unheard and len(unheard) == len(line.watches):
                 line.scope.cancel()  # it says nothing at all: another one may
-        for watch in list(self._tracker.watches.values()):
-            if watch.token and watch not in self._line_of:
-                self._place(watch)
+        self._is_on = self._is_on or self._wanted()
+        if self._is_on:
+            self._place_all()
+
+    def _stop_sharing(self) -> None:
+        """A connection for each task from now on: of those that share one, ends were not told."""
+        self._shares = False
+        self._ends.clear()
+        for line in list(self._lines):
+            for watch in list(line.watches):
+                self._line_of.pop(watch, None)
+            self._silenced(line)
+            self._drop(line)
 
     # --- connections ---------------------------------------------------------------------------------------
 
@@ -231,8 +280,10 @@ class Hearing:
             return False
         self._asked_at.pop(watch, None)
         if event.status in ENDS:
+            if watch in self._heard:
+                self._ends.append(True)
             self._heard.discard(watch)  # what is told after an end is nothing to wait for
-            self._tracker.look_at_once(watch)
+            self._tracker.told_ended(watch)
         elif watch in self._line_of:
             self._heard.add(watch)
         return True

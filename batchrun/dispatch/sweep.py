@@ -19,10 +19,8 @@ from batchrun.dispatch.track import Tracker, Watch
 from batchrun.model import Task
 from batchrun.rules import pages
 from batchrun.rules.pace import Spread, advised_s
-from batchrun.rules.pages import Page
+from batchrun.rules.pages import FROM, Page
 
-#: From so many active tasks on pages are cheaper than single looks; once read, they go on to the last task.
-FROM = 20
 #: Pages under way at once.
 MAX_PAGES = 8
 #: A list that fails, or shows none of our tasks, so often in a row is of no use.
@@ -69,14 +67,19 @@ class Sweeps:
         *,
         least: int = FROM,
         hurried: Callable[[], bool] = lambda: False,
+        untold: Callable[[Watch], float] = lambda watch: 1.0,
         note: Callable[[str], None],
     ) -> None:
-        """`least`: so many active tasks make pages worth while; one does where rows wait (`hurried`)."""
+        """`least`: so many active tasks make pages worth while; one does where rows wait (`hurried`).
+
+        `untold`: how likely a task's end is told by nobody else.
+        """
         self.pages = 0
         self._tracker = tracker
         self._lists = lists
         self._least = least
         self._hurried = hurried
+        self._untold = untold
         self._note = note
         self._entries: dict[Watch, _Entry] = {}
         self._submitted = 0
@@ -168,9 +171,8 @@ class Sweeps:
         entries = [entry for entry in self._entries.values() if not entry.watch.pressing]
         entries.sort(key=lambda entry: -entry.number)
         places = self._places(entries)
-        ages = [self._ages(entry.watch, now) for entry in entries]
-        waited = [spread.waited_s(seen_s, age_s) for spread, seen_s, age_s in ages]
-        ended = [spread.ended_since(seen_s, age_s) for spread, seen_s, age_s in ages] if is_hurried else []
+        waited = [self._waited_s(entry.watch, now) for entry in entries]
+        ended = [self._ended(entry.watch, now) for entry in entries] if is_hurried else []
         for sent in range(most):
             if self._under_way >= MAX_PAGES or self._tracker.budget.ready_at(now) > now:
                 return sent
@@ -202,10 +204,20 @@ class Sweeps:
             least += 1
         return places
 
-    def _ages(self, watch: Watch, now: float) -> tuple[Spread, float, float]:
-        """How long such tasks take, and how old this one was when last asked for, and is."""
+    def _waited_s(self, watch: Watch, now: float) -> float:
+        """For how long the task is expected to be over without our knowing what it brought."""
+        if watch.told_at is not None:
+            return now - max(watch.told_at, watch.asked_at)
         spread = self._tracker.durations[watch.tool].spread
-        return spread, watch.last_at - watch.begun_at, now - watch.begun_at
+        waited_s = spread.waited_s(watch.last_at - watch.begun_at, now - watch.begun_at)
+        return waited_s * self._untold(watch)
+
+    def _ended(self, watch: Watch, now: float) -> float:
+        """How likely it is over without our knowing, so that its slot is held in vain."""
+        if watch.told_at is not None:
+            return 0.0
+        spread = self._tracker.durations[watch.tool].spread
+        return spread.ended_since(watch.last_at - watch.begun_at, now - watch.begun_at) * self._untold(watch)
 
     async def _read(self, page: Page, meant: list[_Entry], submitted: int) -> None:
         asked_at = anyio.current_time()

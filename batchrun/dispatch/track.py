@@ -20,6 +20,7 @@ import anyio.abc
 
 from batchrun import errors
 from batchrun.model import Task
+from batchrun.rules import pages
 from batchrun.rules.pace import BUDGET_PER_S as BUDGET_PER_S
 from batchrun.rules.pace import QUEUED, Budget, Durations, advised_s, stuck_after_s
 from batchrun.rules.policy import (
@@ -106,6 +107,9 @@ class Watch:
     asked_at: float
     #: When it was first seen to run, where it was seen to queue before.
     ran_at: float | None = None
+    #: When somebody said that it has ended, until a look or a page says otherwise; and what is done then.
+    told_at: float | None = None
+    on_told: Callable[[], None] = lambda: None
     ended: anyio.Event = field(default_factory=anyio.Event)
     result: Ended | None = None
     #: Followed since it was accepted, so that its age when seen ended tells its duration.
@@ -160,9 +164,9 @@ class Tracker:
         self._quiet_until = 0.0
         self._rng = rng or Random()
 
-    def add(self, make: Callable[[Tracker], Cover]) -> None:
+    def add(self, cover: Cover) -> None:
         """Hear of tasks in another way too. Before `run`."""
-        self._covers.append(make(self))
+        self._covers.append(cover)
 
     async def follow(
         self,
@@ -173,10 +177,12 @@ class Tracker:
         images: int = 1,
         age_s: float = 0.0,
         at_once: bool = False,
+        on_told: Callable[[], None] = lambda: None,
     ) -> Ended:
         """Wait until the task has ended; returns it as last seen and what that means.
 
-        `images` were asked for. `at_once`: the first look is not left to whoever covers the task.
+        `images` were asked for. `at_once`: the first look is not left to whoever covers the task. `on_told`:
+        called where its end is told before a look confirms it.
 
         Raises CredentialsRefused when looking is refused for good.
         """
@@ -191,6 +197,7 @@ class Tracker:
             seen_at=now,
             asked_at=now,
             status_since=now,
+            on_told=on_told,
             fresh=age_s == 0,
         )
         self.watches[task_id] = watch
@@ -291,6 +298,16 @@ class Tracker:
         if not watch.ended.is_set() and watch.due_at != _AT_ONCE:
             self.schedule(watch, _AT_ONCE, pressing=True)
 
+    def told_ended(self, watch: Watch) -> None:
+        """Somebody says that the task has ended; a look confirms it, a page where tasks are many."""
+        if watch.ended.is_set():
+            return
+        if watch.told_at is None:
+            watch.on_told()
+        watch.told_at = anyio.current_time()
+        if len(self.watches) < pages.FROM or not self._is_covered(watch):
+            self.look_at_once(watch)
+
     def look_as_planned(self, watch: Watch) -> None:
         """Nobody covers the task any more: look at it as if nobody ever had."""
         if not watch.ended.is_set() and not watch.pressing:
@@ -338,9 +355,12 @@ class Tracker:
         """Take in what a page of the list showed; any end but one with all images is confirmed by a look."""
         if watch.ended.is_set() or asked_at < watch.seen_at:
             return
+        was_told = watch.told_at is not None
         verdict = self._take_in(watch, task, asked_at=asked_at)
         if isinstance(verdict, Succeeded):
             self._end(watch, task, verdict)
+        elif was_told and watch.told_at is None:
+            self.look_at_once(watch)  # the list may lag
         elif not watch.pressing and (task.status in _ENDING or not isinstance(verdict, Running)):
             wait_s = self._until_next_s(watch)
             if task.status in _ENDING:
@@ -371,6 +391,8 @@ class Tracker:
         ):
             reason = f"the task is stuck: it does not move on from {task.status or 'having no status'}"
             verdict = Left(reason, is_stuck=True)
+        if watch.told_at is not None and asked_at >= watch.told_at and isinstance(verdict, Running):
+            watch.told_at = None
         if task.status in QUEUED:
             watch.begun_at = max(watch.begun_at, asked_at)  # its time has not begun to run
         elif watch.ran_at is None and watch.begun_at > watch.followed_at:

@@ -242,7 +242,7 @@ class Job(BaseModel):
     track: Literal["auto", "detail", "list", "websocket"] = Field(
         "auto",
         description="How tasks are followed: one by one, by pages of the task list, or as the service tells "
-        "over a WebSocket; auto: by pages from about 20 on, and of fewer while rows wait for a slot.",
+        "over a WebSocket; auto: by pages from about 20 on, and over a WebSocket while rows wait for a slot.",
     )
     looks_per_s: Annotated[float, BeforeValidator(_looks_per_s)] = Field(
         50.0, description="Requests per second that following all tasks may make; few tasks need fewer."

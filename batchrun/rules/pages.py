@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from batchrun.rules.pace import ADVICE_S, FEW, NEEDED
 
+#: From so many active tasks on pages are cheaper than single looks; once read, they go on to the last task.
+FROM = 20
 #: What one request lists at most (wiro-api.md, Tracking).
 PAGE = 100
 #: Places are estimates: tasks of others push ours down the list, answers cross on the way.

@@ -154,7 +154,8 @@ async def test_a_doubt_is_looked_up_by_what_was_sent_though_settings_have_change
 async def test_nothing_is_submitted_once_the_run_is_told_to_stop(tmp_path, fact):
     async with Simulator(seconds=0.2, faults=["task-fails"]) as sim:
         facts = Facts()
-        job = job_of(write_rows(tmp_path / "m.csv", 30), concurrency=8)
+        # followed by looks, which free a slot no sooner than the end of its task is known here
+        job = job_of(write_rows(tmp_path / "m.csv", 30), concurrency=8, track="detail")
         runner = Runner(job, credentials_of(sim), progress=Progress(facts))
 
         stop_when(runner, lambda event: facts.count(Fact.INTENT) >= 8 and event.fact is fact)

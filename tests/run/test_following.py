@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from batchrun.progress import Fact
+from batchrun import settings
+from batchrun.progress import Fact, Progress
+from batchrun.runner import Runner
 from batchrun.simulator.server import Simulator
-from tests.support.runs import Facts, check_complete, job_of, run_job, write_rows
+from tests.support.runs import Facts, check_complete, credentials_of, job_of, run_job, write_rows
 
 ROWS = 24
 
@@ -46,3 +48,39 @@ async def test_every_row_is_done_however_its_task_is_followed(tmp_path, track, f
         assert notes == []
         assert requests["detail"] < 2 * ROWS
         assert requests["socket"] == 1
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [[], ["socket-refused"], ["socket-silent"], ["socket-drop=50%"]],
+    ids=lambda value: "+".join(value) or "calm",
+)
+async def test_while_rows_wait_for_a_slot_ends_are_heard_of_where_they_are_told(tmp_path, faults):
+    job = job_of(write_rows(tmp_path / "m.csv", ROWS))
+    facts = Facts()
+    async with Simulator(seconds="0.4-0.8", faults=faults, slots=4) as sim:
+        outcome = await run_job(sim, job, facts=facts)
+        requests = dict(sim._world.requests)
+        assert len(sim.tasks) == ROWS
+        assert all(task.token not in repr(facts) for task in sim.tasks)
+    assert outcome.exit_code == 0
+    check_complete(sim, tmp_path / "run", ROWS)
+    assert requests["socket"] >= 1
+    if not faults:
+        assert requests["socket"] == 1
+        assert requests["list"] + requests["detail"] < 2 * ROWS
+
+
+@pytest.mark.parametrize("slots", [4, ROWS])
+async def test_tokens_are_not_told_to_another_service_nor_where_no_row_waits(tmp_path, slots, monkeypatch):
+    job = job_of(write_rows(tmp_path / "m.csv", ROWS))
+    async with Simulator(seconds="0.2-0.4", slots=slots) as sim:
+        credentials = credentials_of(sim)
+        if slots < ROWS:  # an address was given for the service, and none for its events
+            monkeypatch.setattr(settings, "DEFAULT_SOCKET_URL", credentials.socket_url)
+            assert not credentials.has_own_socket
+        facts = Facts()
+        outcome = await Runner(job, credentials, progress=Progress(facts)).run()
+        assert sim._world.requests["socket"] == 0
+        assert not [event for event in facts if event.fact is Fact.NOTE]
+    assert outcome.exit_code == 0

@@ -30,6 +30,8 @@ class Service:
         self.tells = tells
         self.breaks_after_s = breaks_after_s
         self.loses_ends = False
+        #: A socket tells of the task asked for last, and of no other any more.
+        self.tells_newest = False
         #: Numbers of the sockets, from 1, that are refused, that are never opened, that tell nothing, and
         #: that break when something is asked on them.
         self.refused: Container[int] = ()
@@ -98,7 +100,7 @@ class Line:
         service, opened_at = self.service, anyio.current_time()
         told: set[tuple[str, bool]] = set()
         while anyio.current_time() - opened_at < service.breaks_after_s:
-            for token in self.asked[: self.tells]:
+            for token in self.asked[-1:] if service.tells_newest else self.asked[: self.tells]:
                 over = anyio.current_time() - service.begun_at[token] >= SECONDS
                 if (token, over) not in told and not (over and service.loses_ends):
                     told.add((token, over))
@@ -107,18 +109,33 @@ class Line:
 
 
 async def follow_all(
-    service: Service, tasks: int, *, with_tokens: bool = True, apart_s: float = 0.0
+    service: Service,
+    tasks: int,
+    *,
+    with_tokens: bool = True,
+    apart_s: float = 0.0,
+    wanted_after_s: float = 0.0,
+    on_told: Callable[[str], None] = lambda name: None,
 ) -> list[str]:
     """Follow so many tasks, begun so far apart, to their good end; returns what was said."""
     notes: list[str] = []
     tracker = Tracker(service, rng=Random(0))
-    hearing = Hearing(tracker, service, rng=Random(0), note=notes.append)
-    tracker.add(lambda _: hearing)
+    wanted_from = anyio.current_time() + wanted_after_s
+    hearing = Hearing(
+        tracker,
+        service,
+        wanted=lambda: anyio.current_time() >= wanted_from,
+        rng=Random(0),
+        note=notes.append,
+    )
+    tracker.add(hearing)
 
     async def follow(name: str) -> None:
         await anyio.sleep(int(name) * apart_s)
         service.begun_at[name] = anyio.current_time()
-        _, verdict = await tracker.follow(task_id=name, token=name if with_tokens else "", tool=1)
+        _, verdict = await tracker.follow(
+            task_id=name, token=name if with_tokens else "", tool=1, on_told=lambda: on_told(name)
+        )
         assert verdict == Succeeded()
 
     async with anyio.create_task_group() as group:
@@ -158,6 +175,48 @@ async def test_more_tasks_than_a_connection_is_to_tell_of_share_another_and_leav
     assert await follow_all(service, SHARED + 20, apart_s=0.05) == []
     assert max(service.lag_s.values()) < 0.2
     assert service.sockets == service.most_open == 2
+
+
+@virtual_time
+async def test_nothing_is_asked_for_until_events_are_worth_having_and_then_all_is() -> None:
+    service = Service()
+    assert await follow_all(service, 30, apart_s=1.0, wanted_after_s=1000.0) == []
+    assert service.sockets == 0
+    service = Service()
+    assert await follow_all(service, 30, apart_s=1.0, wanted_after_s=15.0) == []
+    assert len(service.asked) == 30
+    assert max(service.lag_s.values()) < 0.2
+
+
+@virtual_time
+async def test_an_end_is_told_once_and_before_a_look_confirms_it() -> None:
+    service, told = Service(), dict[str, bool]()
+
+    def on_told(name: str) -> None:
+        assert name not in told
+        told[name] = name in service.lag_s
+
+    await follow_all(service, 30, on_told=on_told)
+    assert len(told) == 30
+    assert not any(told.values())
+
+
+@virtual_time
+async def test_a_service_that_tells_only_of_the_task_asked_for_last_gets_a_socket_for_each() -> None:
+    service = Service()
+    service.tells_newest = True
+    assert await follow_all(service, 200, apart_s=1.0) == []
+    later = [service.lag_s[str(number)] for number in range(101, 201)]
+    assert max(later) < 0.2
+
+
+@virtual_time
+async def test_where_ends_are_never_told_tasks_come_to_be_looked_at_as_if_there_were_no_events() -> None:
+    service = Service()
+    service.loses_ends = True
+    await follow_all(service, 300, apart_s=1.0)
+    later = [service.lag_s[str(number)] for number in range(201, 301)]
+    assert sum(later) / len(later) < 5.0
 
 
 @virtual_time

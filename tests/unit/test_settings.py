@@ -108,3 +108,17 @@ def test_the_real_service_is_not_local() -> None:
 )
 def test_loopback_is_told_by_name_or_address(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, True),
+        ({"WIRO_API_BASE_URL": "https://a.example/v1", "WIRO_SOCKET_URL": "wss://a.example/s"}, True),
+        ({"WIRO_API_BASE_URL": "https://a.example/v1"}, False),
+        ({"WIRO_SOCKET_URL": "wss://a.example/s"}, False),
+        ({"WIRO_API_BASE_URL": f"{DEFAULT_BASE_URL}/"}, True),
+    ],
+)
+def test_events_are_of_the_same_service_where_both_addresses_were_given_or_neither(given, expected):
+    assert credentials({"WIRO_API_KEY": "k"} | given).has_own_socket is expected

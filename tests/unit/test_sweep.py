@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from batchrun import errors
 from batchrun.dispatch.sweep import AGAIN_S, FROM, LEAST_FAILURES, MAX_PAGES, Sweeps
-from batchrun.dispatch.track import BUDGET_PER_S, Left, Tracker
+from batchrun.dispatch.track import BUDGET_PER_S, Left, Tracker, Watch
 from batchrun.model import RemoteOutput, Task
 from batchrun.rules.pace import ADVICE_S, BURST, STUCK_S
 from batchrun.rules.pages import (
@@ -169,12 +169,32 @@ class Service:
         return [self.shown(made) for made in numbers[start : start + limit]]
 
 
+class Told:
+    """Covers every task; the test says which has ended."""
+
+    def covers(self, watch: Watch) -> bool:
+        return watch.told_at is None
+
+    def begin(self, watch: Watch) -> None: ...
+    def end(self, watch: Watch) -> None: ...
+    async def run(self) -> None: ...
+
+
 @asynccontextmanager
 async def sweeping(
-    service: Service, notes: list[str], *, budget_per_s: float = BUDGET_PER_S, is_hurried: bool = False
+    service: Service,
+    notes: list[str],
+    *,
+    budget_per_s: float = BUDGET_PER_S,
+    is_hurried: bool = False,
+    untold: float = 1.0,
 ) -> AsyncIterator[Tracker]:
     tracker = Tracker(service, rng=Random(0), budget_per_s=budget_per_s)
-    tracker.add(lambda tracker: Sweeps(tracker, service, hurried=lambda: is_hurried, note=notes.append))
+    tracker.add(
+        Sweeps(tracker, service, hurried=lambda: is_hurried, untold=lambda watch: untold, note=notes.append)
+    )
+    if untold < 1:
+        tracker.add(Told())
     async with anyio.create_task_group() as group:
         group.start_soon(tracker.run)
         yield tracker
@@ -236,19 +256,35 @@ async def test_few_tasks_are_looked_at_one_by_one() -> None:
 
 
 async def follow_in_turn(
-    service: Service, tasks: int, *, slots: int, is_hurried: bool, notes: list[str] | None = None
+    service: Service,
+    tasks: int,
+    *,
+    slots: int,
+    is_hurried: bool,
+    notes: list[str] | None = None,
+    untold: float = 1.0,
 ) -> float:
-    """Follow so many tasks, so many at a time; returns how long that took."""
+    """Follow so many tasks, so many at a time; returns how long that took.
+
+    `untold`: the part of the ends that nobody else tells of, and known to be.
+    """
     began_at = anyio.current_time()
     said = [] if notes is None else notes
     async with (
-        sweeping(service, said, is_hurried=is_hurried) as tracker,
+        sweeping(service, said, is_hurried=is_hurried, untold=untold) as tracker,
         anyio.create_task_group() as group,
     ):
 
+        async def tell(task: str, seconds: float) -> None:
+            await anyio.sleep(seconds)
+            tracker.told_ended(tracker.watches[task])
+
         async def follow(number: int) -> None:
             for _ in range(number, tasks, slots):
-                await tracker.follow(task_id=service.make(), token="", tool=1)
+                task = service.make()
+                if service.rng.random() >= untold:
+                    group.start_soon(tell, task, service.made[-1][2])
+                await tracker.follow(task_id=task, token="", tool=1)
 
         for number in range(slots):
             group.start_soon(follow, number)
@@ -265,6 +301,18 @@ async def test_while_rows_wait_few_tasks_are_followed_closely_by_pages_and_few_l
     assert mean_lag_s(hurried) < 0.8 * mean_lag_s(patient)
     assert hurried.lists + hurried.details < 40 * slots * 3 * max(1, 8 / slots)
     assert hurried.details <= 40 * slots * (BURST + 9 / ADVICE_S)  # the service's advice holds
+
+
+@pytest.mark.parametrize(("slots", "requests", "lag_s"), [(5, 1.1, 0.05), (100, 0.6, 0.15)])
+@pytest.mark.parametrize("untold", [0.0, 0.02])
+@virtual_time
+async def test_ends_that_are_told_are_confirmed_by_few_requests_and_others_are_found(
+    slots: int, requests: float, lag_s: float, untold: float
+) -> None:
+    service = Service()
+    await follow_in_turn(service, 20 * slots, slots=slots, is_hurried=True, untold=untold)
+    assert service.lists + service.details < 20 * slots * (requests + 15 * untold)
+    assert mean_lag_s(service) < lag_s + 10 * untold
 
 
 @pytest.mark.parametrize("slots", [5, 24])
@@ -539,7 +587,7 @@ async def test_a_task_whose_id_is_no_number_is_looked_at_beside_the_pages() -> N
         list_tasks = service.list_tasks
 
     tracker = Tracker(Named(), rng=Random(0))
-    tracker.add(lambda tracker: Sweeps(tracker, service, note=print))
+    tracker.add(Sweeps(tracker, service, note=print))
     verdicts: list[object] = []
 
     async def follow(task_id: str) -> None:

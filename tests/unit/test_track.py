@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from decimal import Decimal
+from functools import partial
 from itertools import pairwise
 from random import Random
 
@@ -27,6 +28,7 @@ from batchrun.dispatch.track import (
 )
 from batchrun.model import RemoteOutput, Task
 from batchrun.rules.pace import ADVICE_S, BURST, CEILING_S, FLOOR_S, STUCK_S, unknown
+from batchrun.rules.pages import FROM
 from batchrun.rules.policy import (
     ERROR_PATIENCE_S,
     MAX_ASKED_S,
@@ -99,7 +101,7 @@ async def tracking(
 ) -> AsyncIterator[Tracker]:
     tracker = Tracker(looks, rng=Random(0), budget_per_s=budget_per_s)
     if cover is not None:
-        tracker.add(lambda _: cover)
+        tracker.add(cover)
     async with anyio.create_task_group() as group:
         group.start_soon(tracker.run)
         yield tracker
@@ -212,6 +214,45 @@ async def test_a_task_said_to_have_ended_during_a_look_is_looked_at_again_at_onc
             await tracker.follow(task_id="1", token="t", tool=1)
     assert looks.most_running == 1
     assert looks.seen[-1][1] - looks.seen[-2][1] <= looks.takes_s + AGAIN_S + 0.01
+
+
+@pytest.mark.parametrize(("tasks", "looked_at"), [(FROM - 1, True), (FROM, False)])
+@virtual_time
+async def test_an_end_that_is_told_is_looked_at_at_once_where_no_page_is_going_to_show_it(
+    tasks: int, looked_at: bool
+) -> None:
+    looks, told = Looks(after(10**6, DONE)), list[str]()
+    async with tracking(looks, cover=All()) as tracker, anyio.create_task_group() as group:
+        for number in range(tasks):
+            follow = partial(tracker.follow, on_told=partial(told.append, str(number)))
+            group.start_soon(partial(follow, task_id=str(number), token="", tool=1))
+        await anyio.sleep(30.0)
+        before = len(looks.seen)
+        for _ in range(2):
+            tracker.told_ended(tracker.watches["7"])
+        await anyio.sleep(0.2)
+        assert told == ["7"]
+        assert ("7" in [task for task, _ in looks.seen[before:]]) == looked_at
+        group.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("asked_s", [-1.0, 1.0])
+@virtual_time
+async def test_an_end_that_is_told_and_that_a_page_does_not_show_is_looked_at(asked_s: float) -> None:
+    looks = Looks(after(10**6, DONE))
+    async with tracking(looks, cover=All()) as tracker, anyio.create_task_group() as group:
+        for number in range(FROM):
+            group.start_soon(partial(tracker.follow, task_id=str(number), token="", tool=1))
+        await anyio.sleep(30.0)
+        watch, before = tracker.watches["7"], len(looks.seen)
+        tracker.told_ended(watch)
+        await anyio.sleep(1.5)
+        tracker.listed(watch, RUNNING, asked_at=anyio.current_time() - 1.5 + asked_s)
+        await anyio.sleep(0.2)
+        # what was asked before it was told says nothing against it
+        assert [task for task, _ in looks.seen[before:]] == ([] if asked_s < 0 else ["7"])
+        assert (watch.told_at is None) == (asked_s > 0)
+        group.cancel_scope.cancel()
 
 
 @virtual_time
