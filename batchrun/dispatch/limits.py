@@ -86,8 +86,8 @@ class Slots:
 
     @property
     def are_short(self) -> bool:
-        """Whether a row waits for a task to end, since the limit is known."""
-        return bool(self._waiting) and not self._growing
+        """Whether a row waits for a task to end: the limit is known, or our own ceiling is reached."""
+        return bool(self._waiting) and (not self._growing or self.in_use >= self.ceiling)
 
     def take_anyway(self) -> None:
         """Hold a slot for a task that is active already, even beyond the limit."""

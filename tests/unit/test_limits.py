@@ -220,6 +220,20 @@ async def test_slots_are_short_while_somebody_waits_and_the_limit_is_known(fixed
 
 
 @virtual_time
+async def test_slots_are_short_while_somebody_waits_at_our_own_ceiling() -> None:
+    slots = slots_of(ceiling=FIRST_LIMIT)
+    async with anyio.create_task_group() as group:
+        for _ in range(FIRST_LIMIT + 1):
+            assert not slots.are_short
+            group.start_soon(slots.take)
+            await anyio.sleep(0.1)
+        assert slots.are_short
+        slots.give()
+        await anyio.sleep(0.1)
+        assert not slots.are_short
+
+
+@virtual_time
 async def test_when_the_account_allows_more_again_the_limit_climbs_back() -> None:
     slots = slots_of(ceiling=32)
     for _ in range(9):
