@@ -26,7 +26,7 @@ from batchrun.dispatch.saving import Saver, Unsaved
 from batchrun.dispatch.stopping import StopSign
 from batchrun.dispatch.submit import Submitter, Submitting
 from batchrun.dispatch.sweep import Lists, Sweeps
-from batchrun.dispatch.track import BUDGET_PER_S, UNKNOWN_TASK, Ended, Left, Looks, Tracker, Watch
+from batchrun.dispatch.track import BUDGET_PER_S, UNKNOWN_TASK, Ended, Left, Looks, Tracker
 from batchrun.dispatch.uploads import Uploading, Uploads
 from batchrun.model import Attempt, Failure, Row, State, Task
 from batchrun.progress import Fact, Progress
@@ -183,12 +183,11 @@ class Dispatcher:
         """What follows tasks; where rows wait for one to end, events tell of that soonest."""
         track = self._limits.track
         tracker = Tracker(self._service, budget_per_s=self._limits.looks_per_s, rng=rng)
-        untold: Callable[[Watch], float] = lambda watch: 1.0  # noqa: E731
+        hearing = None
         if track == "websocket" or (track == "auto" and self._limits.has_events):
             wanted = self._is_slot_wanted if track == "auto" else lambda: True
             hearing = Hearing(tracker, self._service, wanted=wanted, rng=rng, note=self._say)
             tracker.add(hearing)
-            untold = hearing.untold
         if track in ("auto", "list"):
             least = FROM if track == "auto" else 1
             tracker.add(
@@ -197,7 +196,7 @@ class Dispatcher:
                     self._service,
                     least=least,
                     hurried=self._is_slot_wanted,
-                    untold=untold,
+                    untold=hearing.untold if hearing is not None else None,
                     note=self._say,
                 )
             )
@@ -393,7 +392,7 @@ class Dispatcher:
         slot.take_anyway()
         age_s = max(0.0, time.time() - _open_attempt(row).intent_at)
         with self._sign.wait() as waiting:
-            ended = await self._follow_task(row, age_s=age_s if age_s > 5.0 else 0.0, on_told=slot.give)
+            ended = await self._follow_task(row, age_s=age_s if age_s > 5.0 else 0.0, on_told=slot.give_early)
         if waiting.cancelled_caught:
             if not self._cancelling:
                 return None

@@ -9,6 +9,7 @@ nothing was told is counted: that much a silence is doubted.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
@@ -30,12 +31,14 @@ CHECK_S = 0.5
 SHARED = 200
 #: Connections at once.
 MAX_SOCKETS = 64
-#: Connections that are lost are made anew after a wait of up to this.
-MOST_AGAIN_S = 60.0
-#: Whether ends were told is kept of so many tasks; at first one in that many is doubted,
+#: Connections that are lost are made anew after a wait of up to this, soon if they have lasted so long.
+MOST_AGAIN_S, LEAST_LIFE_S = 60.0, 1.0
+#: What became of events is kept of so many tasks; at first one in that many is taken to have gone wrong,
 ENDS_KEPT, FIRST_DOUBT = 100, 20
-#: and where it is this part, events are not relied on.
+#: and where it is this part, they are not relied on.
 MOST_DOUBT = 0.25
+#: Where tasks cannot share a connection, that is tried again after so long, and ever later up to a bound.
+ALONE_S, MOST_ALONE_S = 300.0, 3600.0
 #: So many in a row that could not be had are worth a word.
 LEAST_REFUSALS = 3
 CONNECT_S = 15.0
@@ -74,21 +77,36 @@ class Tells(Protocol):
         ...
 
 
+class _Chance:
+    """How often something was so of late, and to begin with a little."""
+
+    def __init__(self) -> None:
+        self._newest: deque[bool] = deque(maxlen=ENDS_KEPT)
+        self.value = 1 / FIRST_DOUBT
+
+    def add(self, was_so: bool) -> None:
+        self._newest.append(was_so)
+        self.value = (1 + self._newest.count(True)) / (FIRST_DOUBT + len(self._newest))
+
+    @property
+    def is_high(self) -> bool:
+        return self.value >= MOST_DOUBT
+
+
 class _Line:
     """One connection, and the tasks it is to tell of."""
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.watches: set[Watch] = set()
-        #: Those still to be asked for.
-        self.fresh: list[Watch] = []
-        self.is_open = False
+        #: Those still to be asked for, in their order.
+        self.fresh: dict[Watch, None] = {}
         self.woken = anyio.Event()
         self.scope = anyio.CancelScope()
 
     def add(self, watch: Watch) -> None:
         self.watches.add(watch)
-        self.fresh.append(watch)
+        self.fresh[watch] = None
         self.woken.set()
 
 
@@ -117,25 +135,24 @@ class Hearing:
         #: Of which tasks a living connection has told something; since when those asked for wait for that.
         self._heard: set[Watch] = set()
         self._asked_at: dict[Watch, float] = {}
-        #: Of the newest tasks heard of and seen to have ended, whether their ends were told.
-        self._ends: deque[bool] = deque(maxlen=ENDS_KEPT)
-        #: False once a connection told of some tasks and not of others.
-        self._shares = True
+        #: How often an end was not told before it was seen, of a task that was heard of; not even soon after;
+        #: and how often one was told that was none.
+        self._untold, self._lost, self._false = _Chance(), _Chance(), _Chance()
+        #: Tasks seen to have ended whose ends are not told yet, by id: on which connection, and since when.
+        self._overdue: dict[str, tuple[_Line, str, float]] = {}
+        #: Tasks have a connection each until then, since one told of some and not of others.
+        self._alone_until, self._alone_s = 0.0, ALONE_S
         self._group: anyio.abc.TaskGroup | None = None
 
     # --- as a cover of the tracker -----------------------------------------------------------------------
 
     def covers(self, watch: Watch) -> bool:
         """Whether a living connection has told something of this task, and ends are told."""
-        return watch in self._heard and self._doubt < MOST_DOUBT
+        return watch in self._heard and not self._untold.is_high
 
     def untold(self, watch: Watch) -> float:
         """How likely the end of this task is not told."""
-        return self._doubt if watch in self._heard else 1.0
-
-    @property
-    def _doubt(self) -> float:
-        return (1 + self._ends.count(False)) / (FIRST_DOUBT + len(self._ends))
+        return self._untold.value if watch in self._heard else 1.0
 
     def begin(self, watch: Watch) -> None:
         """The task is followed from now on."""
@@ -147,16 +164,29 @@ class Hearing:
 
     def end(self, watch: Watch) -> None:
         """The task is not followed any more."""
-        if watch in self._heard and watch.result is not None and not isinstance(watch.result[1], Left):
-            self._ends.append(False)
+        line = self._line_of.pop(watch, None)
+        if watch.result is not None and not isinstance(watch.result[1], Left):
+            self._judge(watch, line)
         self._heard.discard(watch)
         self._asked_at.pop(watch, None)
-        line = self._line_of.pop(watch, None)
         if line is None:
             return
         line.watches.discard(watch)
-        if line.most == 1 or (not line.watches and len(self._lines) > 1):
+        line.fresh.pop(watch, None)
+        if not line.watches and (line.most == 1 or len(self._lines) > 1):
             self._drop(line)
+
+    def _judge(self, watch: Watch, line: _Line | None) -> None:
+        """Learn from what was told of a task that is now seen to have ended."""
+        if watch.told_at is not None:
+            seen_after_s = -math.inf if watch.refuted_at is None else watch.refuted_at - watch.told_at
+            self._false.add(seen_after_s >= UNHEARD_S)  # sooner it may be the answer that lags
+            self._untold.add(False)
+            self._lost.add(False)
+        elif watch in self._heard:
+            self._untold.add(True)
+            if line is not None:
+                self._overdue[watch.task_id] = (line, watch.token, anyio.current_time())
 
     async def run(self) -> None:
         """Hold connections, until cancelled."""
@@ -176,7 +206,7 @@ class Hearing:
         """Ask for a task on a connection with room, or on a new one; on none beyond the bound."""
         if self._group is None or not watch.token:
             return
-        most = SHARED if self._shares else 1
+        most = SHARED if anyio.current_time() >= self._alone_until else 1
         line = next((line for line in self._lines if len(line.watches) < line.most), None)
         if line is None and len(self._lines) < MAX_SOCKETS:
             line = _Line(most)
@@ -193,12 +223,16 @@ class Hearing:
 
     def _check(self, now: float) -> None:
         """Find out whether connections tell of all their tasks, to the end; place those that have none."""
-        if self._shares and self._doubt >= MOST_DOUBT:
-            self._stop_sharing()
+        for task_id, (_, _, since) in list(self._overdue.items()):
+            if now - since > UNHEARD_S:
+                del self._overdue[task_id]
+                self._lost.add(True)
+        if self._lost.is_high and now >= self._alone_until:
+            self._part(now)
         for line in list(self._lines):
             unheard = [watch for watch in line.watches if now - self._asked_at.get(watch, now) > UNHEARD_S]
             if unheard and line.most > 1 and any(watch in self._heard for watch in line.watches):
-                self._shares = False  # it told of some, and of others nothing
+                self._leave_alone(now)  # it told of some, and of others nothing
                 line.most = 1
                 for watch in unheard:
                     line.watches.discard(watch)
@@ -210,12 +244,18 @@ class Hearing:
         if self._is_on:
             self._place_all()
 
-    def _stop_sharing(self) -> None:
-        """A connection for each task from now on: of those that share one, ends were not told."""
-        self._shares = False
-        self._ends.clear()
+    def _leave_alone(self, now: float) -> None:
+        """Give each task a connection of its own for a while."""
+        if now >= self._alone_until:
+            self._alone_until = now + self._alone_s
+            self._alone_s = min(MOST_ALONE_S, 2 * self._alone_s)
+
+    def _part(self, now: float) -> None:
+        """Part the tasks that share a connection: ends of some were not told."""
+        self._leave_alone(now)
+        self._lost, self._untold = _Chance(), _Chance()
         for line in list(self._lines):
-            for watch in list(line.watches):
+            for watch in line.watches:
                 self._line_of.pop(watch, None)
             self._silenced(line)
             self._drop(line)
@@ -229,7 +269,8 @@ class Hearing:
             with anyio.CancelScope() as line.scope:
                 try:
                     failures += 1
-                    if await self._listen(line):
+                    begun_at = anyio.current_time()
+                    if await self._listen(line) and anyio.current_time() - begun_at >= LEAST_LIFE_S:
                         failures = 0
                 except errors.ServiceError as error:
                     self._tell(failures, error)
@@ -250,7 +291,7 @@ class Hearing:
         with anyio.move_on_after(CONNECT_S) as patience:
             async with self._service.socket() as socket:
                 patience.deadline = float("inf")
-                line.fresh = list(line.watches)
+                line.fresh = dict.fromkeys(line.watches)
                 async with anyio.create_task_group() as group:
                     group.start_soon(self._ask, line, socket)
                     async for event in socket.events():
@@ -262,13 +303,13 @@ class Hearing:
         while True:
             line.woken = anyio.Event()
             while line.fresh:
-                watch = line.fresh.pop(0)
-                if watch in line.watches:
-                    try:
-                        await socket.ask(watch.token)
-                    except errors.ServiceError:
-                        return  # the end of its events says the same
-                    self._asked_at[watch] = anyio.current_time()
+                watch = next(iter(line.fresh))
+                del line.fresh[watch]
+                self._asked_at[watch] = anyio.current_time()
+                try:
+                    await socket.ask(watch.token)
+                except errors.ServiceError:
+                    return  # the end of its events says the same
             await line.woken.wait()
 
     def _hear(self, line: _Line, event: Event) -> bool:
@@ -276,20 +317,32 @@ class Hearing:
         watch = self._tracker.watches.get(event.task_id)
         if watch is None and event.token:
             watch = next((watch for watch in line.watches if watch.token == event.token), None)
-        if watch is None or event.token not in ("", watch.token):
+        if watch is None:
+            return self._hear_late(event)
+        if event.token not in ("", watch.token):
             return False
         self._asked_at.pop(watch, None)
         if event.status in ENDS:
-            if watch in self._heard:
-                self._ends.append(True)
             self._heard.discard(watch)  # what is told after an end is nothing to wait for
-            self._tracker.told_ended(watch)
+            self._tracker.told_ended(watch, is_believed=not self._false.is_high)
         elif watch in self._line_of:
             self._heard.add(watch)
         return True
 
+    def _hear_late(self, event: Event) -> bool:
+        """Take in an event of a task that is not followed any more; whether its end was waited for."""
+        for task_id, (_, token, _) in list(self._overdue.items()):
+            if event.status in ENDS and (event.task_id == task_id or event.token == token):
+                del self._overdue[task_id]
+                self._lost.add(False)
+                return True
+        return False
+
     def _silenced(self, line: _Line) -> None:
         """A connection is gone: its tasks are looked at again."""
+        for task_id, (told_on, _, _) in list(self._overdue.items()):
+            if told_on is line:
+                del self._overdue[task_id]
         for watch in line.watches:
             self._asked_at.pop(watch, None)
             if watch in self._heard:

@@ -46,6 +46,8 @@ class Slots:
         self.ceiling = fixed or ceiling
         self.limit = min(self.ceiling, fixed or known or FIRST_LIMIT)
         self.in_use = 0
+        #: Slots free since their tasks were said to have ended, which nothing has confirmed yet.
+        self.early = 0
         self._refusals = 0
         #: Until the first refusal the limit grows with every task accepted.
         self._growing = fixed is None
@@ -110,7 +112,7 @@ class Slots:
         was_trying = self._tries.is_trying
         self._refusals += 1
         self._growing = False
-        held = self.in_use - 1
+        held = self.in_use - 1 + self.early  # the service may free a slot later than it tells
         if told is not None:
             self._told, self._told_until = max(1, told), now + TOLD_S
         self.limit = max(1, min(self.limit, held, self._most(now)))
@@ -235,6 +237,7 @@ class Slot:
         self.is_held = False
         #: The service had no slot for it though we had: its turn comes first.
         self._was_refused = False
+        self._is_early = False
 
     async def take(self) -> None:
         """Wait for a slot unless one is held."""
@@ -255,9 +258,19 @@ class Slot:
 
     def give(self) -> None:
         """Give the slot back if one is held."""
+        if self._is_early:
+            self._is_early = False
+            self._slots.early -= 1
         if self.is_held:
             self.is_held = False
             self._slots.give()
+
+    def give_early(self) -> None:
+        """Give the slot back before it is known what came of its task, unless that is so of too many."""
+        if self.is_held and self._slots.early < self._slots.limit:
+            self.give()
+            self._is_early = True
+            self._slots.early += 1
 
 
 class Room:

@@ -67,12 +67,12 @@ class Sweeps:
         *,
         least: int = FROM,
         hurried: Callable[[], bool] = lambda: False,
-        untold: Callable[[Watch], float] = lambda watch: 1.0,
+        untold: Callable[[Watch], float] | None = None,
         note: Callable[[str], None],
     ) -> None:
         """`least`: so many active tasks make pages worth while; one does where rows wait (`hurried`).
 
-        `untold`: how likely a task's end is told by nobody else.
+        `untold`: how likely a task's end is told by nobody else; None: all are.
         """
         self.pages = 0
         self._tracker = tracker
@@ -206,18 +206,19 @@ class Sweeps:
 
     def _waited_s(self, watch: Watch, now: float) -> float:
         """For how long the task is expected to be over without our knowing what it brought."""
-        if watch.told_at is not None:
+        if watch.told_at is not None and watch.is_told:
             return now - max(watch.told_at, watch.asked_at)
         spread = self._tracker.durations[watch.tool].spread
         waited_s = spread.waited_s(watch.last_at - watch.begun_at, now - watch.begun_at)
-        return waited_s * self._untold(watch)
+        return waited_s * (self._untold(watch) if self._untold else 1.0)
 
     def _ended(self, watch: Watch, now: float) -> float:
         """How likely it is over without our knowing, so that its slot is held in vain."""
-        if watch.told_at is not None:
+        if watch.is_told:
             return 0.0
         spread = self._tracker.durations[watch.tool].spread
-        return spread.ended_since(watch.last_at - watch.begun_at, now - watch.begun_at) * self._untold(watch)
+        ended = spread.ended_since(watch.last_at - watch.begun_at, now - watch.begun_at)
+        return ended * (self._untold(watch) if self._untold else 1.0)
 
     async def _read(self, page: Page, meant: list[_Entry], submitted: int) -> None:
         asked_at = anyio.current_time()

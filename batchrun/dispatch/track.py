@@ -21,8 +21,8 @@ import anyio.abc
 from batchrun import errors
 from batchrun.model import Task
 from batchrun.rules import pages
+from batchrun.rules.pace import ADVICE_S, QUEUED, Budget, Durations, advised_s, stuck_after_s
 from batchrun.rules.pace import BUDGET_PER_S as BUDGET_PER_S
-from batchrun.rules.pace import QUEUED, Budget, Durations, advised_s, stuck_after_s
 from batchrun.rules.policy import (
     LEAST_TRIES,
     MAX_ASKED_S,
@@ -107,9 +107,11 @@ class Watch:
     asked_at: float
     #: When it was first seen to run, where it was seen to queue before.
     ran_at: float | None = None
-    #: When somebody said that it has ended, until a look or a page says otherwise; and what is done then.
+    #: When somebody first said that it has ended, and what is done then; and when the newest answer was asked
+    #: for that shows otherwise.
     told_at: float | None = None
     on_told: Callable[[], None] = lambda: None
+    refuted_at: float | None = None
     ended: anyio.Event = field(default_factory=anyio.Event)
     result: Ended | None = None
     #: Followed since it was accepted, so that its age when seen ended tells its duration.
@@ -134,6 +136,11 @@ class Watch:
     def last_at(self) -> float:
         """When it was last asked for."""
         return max(self.asked_at, self.seen_at)
+
+    @property
+    def is_told(self) -> bool:
+        """Whether it was said to have ended, and no answer shows otherwise."""
+        return self.told_at is not None and self.refuted_at is None
 
     def over_s(self, seen_at: float) -> float:
         """How long the task has run at least, when it was seen unfinished then."""
@@ -298,13 +305,21 @@ class Tracker:
         if not watch.ended.is_set() and watch.due_at != _AT_ONCE:
             self.schedule(watch, _AT_ONCE, pressing=True)
 
-    def told_ended(self, watch: Watch) -> None:
-        """Somebody says that the task has ended; a look confirms it, a page where tasks are many."""
+    def told_ended(self, watch: Watch, *, is_believed: bool = True) -> None:
+        """Somebody says that the task has ended; a look confirms it, a page where tasks are many.
+
+        It counts once for each task; who says so again and again causes a look now and then.
+        """
+        now = anyio.current_time()
         if watch.ended.is_set():
             return
-        if watch.told_at is None:
+        if watch.told_at is not None:
+            if now - max(watch.told_at, watch.last_at) >= ADVICE_S:
+                self.look_at_once(watch)
+            return
+        watch.told_at = now
+        if is_believed:
             watch.on_told()
-        watch.told_at = anyio.current_time()
         if len(self.watches) < pages.FROM or not self._is_covered(watch):
             self.look_at_once(watch)
 
@@ -355,11 +370,11 @@ class Tracker:
         """Take in what a page of the list showed; any end but one with all images is confirmed by a look."""
         if watch.ended.is_set() or asked_at < watch.seen_at:
             return
-        was_told = watch.told_at is not None
+        was_told = watch.is_told
         verdict = self._take_in(watch, task, asked_at=asked_at)
         if isinstance(verdict, Succeeded):
             self._end(watch, task, verdict)
-        elif was_told and watch.told_at is None:
+        elif was_told and not watch.is_told:
             self.look_at_once(watch)  # the list may lag
         elif not watch.pressing and (task.status in _ENDING or not isinstance(verdict, Running)):
             wait_s = self._until_next_s(watch)
@@ -391,8 +406,9 @@ class Tracker:
         ):
             reason = f"the task is stuck: it does not move on from {task.status or 'having no status'}"
             verdict = Left(reason, is_stuck=True)
-        if watch.told_at is not None and asked_at >= watch.told_at and isinstance(verdict, Running):
-            watch.told_at = None
+        is_over = task.status in _ENDING or not isinstance(verdict, Running)
+        if watch.told_at is not None and asked_at >= watch.told_at and not is_over:
+            watch.refuted_at = asked_at
         if task.status in QUEUED:
             watch.begun_at = max(watch.begun_at, asked_at)  # its time has not begun to run
         elif watch.ran_at is None and watch.begun_at > watch.followed_at:

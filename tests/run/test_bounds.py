@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from decimal import Decimal
 
+import anyio
 import pytest
 
 from batchrun.model import State
@@ -188,3 +189,18 @@ async def test_a_balance_that_stays_exhausted_ends_the_run_when_the_pause_is_ove
         sim.balance_usd = Decimal(10)
         assert (await run_job(sim, job)).exit_code == 0
         check_complete(sim, tmp_path / "run", 4)
+
+
+async def test_slots_of_tasks_whose_outcome_is_open_are_used_again_but_once(tmp_path):
+    # their ends are told, and their images are waited for half a minute
+    job = job_of(write_rows(tmp_path / "m.csv", 40), max_concurrency=3)
+    async with Simulator(seconds=0.2, faults=["task-empty"]) as sim:
+        runner = Runner(job, credentials_of(sim))
+        async with anyio.create_task_group() as group:
+            group.start_soon(runner.run)
+            with anyio.move_on_after(4):
+                while len(sim.tasks) <= 6:
+                    await anyio.sleep(0.1)
+            tasks = len(sim.tasks)
+            runner.abort()
+    assert tasks == 6

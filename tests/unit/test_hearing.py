@@ -32,6 +32,17 @@ class Service:
         self.loses_ends = False
         #: A socket tells of the task asked for last, and of no other any more.
         self.tells_newest = False
+        #: Ends are told so much later, and of some tasks right after they were asked for, too.
+        self.told_late_s = 0.0
+        self.lies: Callable[[str], bool] = lambda token: False
+        #: Sockets tell nothing between these ages of the service, in seconds.
+        self.silent_s = (0.0, 0.0)
+        #: Progress is told once more after an end.
+        self.chatters = False
+        #: Details take so long.
+        self.takes_s = 0.0
+        #: Between two events a socket breaks.
+        self.tells_one = False
         #: Numbers of the sockets, from 1, that are refused, that are never opened, that tell nothing, and
         #: that break when something is asked on them.
         self.refused: Container[int] = ()
@@ -53,6 +64,7 @@ class Service:
     async def detail(self, task_id: str, token: str = "") -> Task | None:
         self.details += 1
         self.first_detail_at = min(self.first_detail_at, anyio.current_time())
+        await anyio.sleep(self.takes_s)
         late_s = anyio.current_time() - self.begun_at[task_id] - SECONDS
         if late_s < self.late_s:
             return Task(task_id, status="task_start")
@@ -101,10 +113,21 @@ class Line:
         told: set[tuple[str, bool]] = set()
         while anyio.current_time() - opened_at < service.breaks_after_s:
             for token in self.asked[-1:] if service.tells_newest else self.asked[: self.tells]:
-                over = anyio.current_time() - service.begun_at[token] >= SECONDS
+                now = anyio.current_time()
+                over = now - service.begun_at[token] >= SECONDS + service.told_late_s
+                low_s, high_s = service.silent_s
+                if low_s <= now - min(service.begun_at.values()) < high_s:
+                    continue
                 if (token, over) not in told and not (over and service.loses_ends):
                     told.add((token, over))
-                    yield service.event(token, "task_postprocess_end" if over else "task_start")
+                    is_end = over or service.lies(token)
+                    yield service.event(token, "task_postprocess_end" if is_end else "task_start")
+                    if over and self.tells > SHARED:
+                        self.asked.remove(token)
+                    if over and service.chatters:
+                        yield service.event(token, "task_output")
+                    if service.tells_one:
+                        return
             await anyio.sleep(0.1)
 
 
@@ -149,7 +172,7 @@ async def follow_all(
         assert not hearing._heard
         assert not hearing._asked_at
         assert not hearing._line_of
-        assert not any(line.watches for line in hearing._lines)
+        assert not any(line.watches or line.fresh for line in hearing._lines)
         group.cancel_scope.cancel()
     assert service.open == 0
     assert len(service.lag_s) == tasks
@@ -208,6 +231,54 @@ async def test_a_service_that_tells_only_of_the_task_asked_for_last_gets_a_socke
     assert await follow_all(service, 200, apart_s=1.0) == []
     later = [service.lag_s[str(number)] for number in range(101, 201)]
     assert max(later) < 0.2
+
+
+@pytest.mark.parametrize("late_s", [0.2, 2.0])
+@virtual_time
+async def test_ends_that_are_told_after_they_were_seen_are_no_reason_for_a_socket_each(late_s: float) -> None:
+    service = Service()
+    service.told_late_s = late_s
+    await follow_all(service, 200, apart_s=0.5)
+    assert service.sockets == 1
+
+
+@virtual_time
+async def test_what_is_told_after_an_end_is_nothing_to_doubt_it_for() -> None:
+    service = Service()
+    service.chatters, service.takes_s = True, 0.1
+    await follow_all(service, 200, apart_s=0.5)
+    assert service.sockets == 1
+    assert max(service.lag_s.values()) < 0.3
+
+
+@virtual_time
+async def test_after_a_silence_tasks_come_to_share_a_socket_again() -> None:
+    service = Service()
+    service.silent_s = (100.0, 110.0)
+    await follow_all(service, 600, apart_s=1.0)
+    assert service.sockets < 400
+    assert max(service.lag_s[str(number)] for number in range(500, 601)) < 0.2
+
+
+@virtual_time
+async def test_sockets_that_break_at_every_event_are_made_anew_ever_later() -> None:
+    service = Service()
+    service.tells_one = True
+    await follow_all(service, 100, apart_s=0.5)
+    assert service.sockets < 100
+    assert mean_lag_s(service) < 5.0
+
+
+@virtual_time
+async def test_ends_that_are_told_and_are_none_are_believed_no_more() -> None:
+    service, told = Service(), list[str]()
+    service.lies = lambda token: int(token) % 2 == 0
+    await follow_all(service, 400, apart_s=0.5, on_told=told.append)
+    early = [name for name in told if int(name) % 2 == 0]
+    assert 0 < len(early) < 100  # the first ends come after 60 tasks
+    assert not [name for name in told if int(name) > 200]
+    assert service.details < 400 * 10
+    assert max(service.lag_s.values()) < 5.0
 
 
 @virtual_time
