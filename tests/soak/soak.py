@@ -228,6 +228,8 @@ class Soak:
         if not state.is_file():
             return 0
         with sqlite3.connect(f"file:{state}?mode=ro", uri=True) as connection:
+            if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'counts'").fetchone():
+                return 0  # killed before the state was made
             found = connection.execute("SELECT rows FROM counts WHERE state = 'done'").fetchone()
         return int(found[0]) if found else 0
 
