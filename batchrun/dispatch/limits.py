@@ -112,7 +112,7 @@ class Slots:
         was_trying = self._tries.is_trying
         self._refusals += 1
         self._growing = False
-        held = self.in_use - 1 + self.early  # the service may free a slot later than it tells
+        held = self.in_use - 1
         if told is not None:
             self._told, self._told_until = max(1, told), now + TOLD_S
         self.limit = max(1, min(self.limit, held, self._most(now)))

@@ -244,22 +244,6 @@ async def test_slots_are_given_early_for_as_many_tasks_at_once_as_may_be_active(
 
 
 @virtual_time
-async def test_a_refusal_while_slots_were_given_early_does_not_lower_the_limit_below_them() -> None:
-    slots = slots_of(fixed=4)
-    held = [Slot(slots) for _ in range(4)]
-    for slot in held:
-        await slot.take()
-    held[0].give_early()
-    next_one = Slot(slots)
-    await next_one.take()
-    next_one.refused(None)  # the service has not freed it yet
-    assert slots.limit == 4
-    held[0].give()
-    next_one.refused(None)
-    assert slots.limit == 3
-
-
-@virtual_time
 async def test_slots_are_short_while_somebody_waits_at_our_own_ceiling() -> None:
     slots = slots_of(ceiling=FIRST_LIMIT)
     async with anyio.create_task_group() as group:
