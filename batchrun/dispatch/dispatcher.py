@@ -25,8 +25,8 @@ from batchrun.dispatch.limits import Gate, Room, Slot, Slots
 from batchrun.dispatch.saving import Saver, Unsaved
 from batchrun.dispatch.stopping import StopSign
 from batchrun.dispatch.submit import Submitter, Submitting
-from batchrun.dispatch.sweep import Lists, Sweeps
-from batchrun.dispatch.track import BUDGET_PER_S, UNKNOWN_TASK, Ended, Left, Looks, Tracker
+from batchrun.dispatch.sweep import Lists, Sweeps, nobody_tells
+from batchrun.dispatch.track import BUDGET_PER_S, UNKNOWN_TASK, Ended, Left, Looks, Tracker, Watch
 from batchrun.dispatch.uploads import Uploading, Uploads
 from batchrun.model import Attempt, Failure, Row, State, Task
 from batchrun.progress import Fact, Progress
@@ -183,11 +183,12 @@ class Dispatcher:
         """What follows tasks; where rows wait for one to end, events tell of that soonest."""
         track = self._limits.track
         tracker = Tracker(self._service, budget_per_s=self._limits.looks_per_s, rng=rng)
-        hearing = None
+        untold: Callable[[Watch], float] = nobody_tells
         if track == "websocket" or (track == "auto" and self._limits.has_events):
             wanted = self._is_slot_wanted if track == "auto" else lambda: True
             hearing = Hearing(tracker, self._service, wanted=wanted, rng=rng, note=self._say)
             tracker.add(hearing)
+            untold = hearing.untold
         if track in ("auto", "list"):
             least = FROM if track == "auto" else 1
             tracker.add(
@@ -196,7 +197,7 @@ class Dispatcher:
                     self._service,
                     least=least,
                     hurried=self._is_slot_wanted,
-                    untold=hearing.untold if hearing is not None else None,
+                    untold=untold,
                     note=self._say,
                 )
             )

@@ -57,6 +57,11 @@ class _Entry:
     shown: bool = False
 
 
+def nobody_tells(_: Watch) -> float:
+    """How likely a task's end is not told where nothing is heard of any."""
+    return 1.0
+
+
 class Sweeps:
     """Covers tasks by pages of the list; see `track.Cover`."""
 
@@ -67,12 +72,12 @@ class Sweeps:
         *,
         least: int = FROM,
         hurried: Callable[[], bool] = lambda: False,
-        untold: Callable[[Watch], float] | None = None,
+        untold: Callable[[Watch], float] = nobody_tells,
         note: Callable[[str], None],
     ) -> None:
         """`least`: so many active tasks make pages worth while; one does where rows wait (`hurried`).
 
-        `untold`: how likely a task's end is told by nobody else; None: all are.
+        `untold`: how likely a task's end is told by nobody else.
         """
         self.pages = 0
         self._tracker = tracker
@@ -206,11 +211,11 @@ class Sweeps:
 
     def _waited_s(self, watch: Watch, now: float) -> float:
         """For how long the task is expected to be over without our knowing what it brought."""
-        if watch.told_at is not None and watch.is_told:
-            return now - max(watch.told_at, watch.asked_at)
+        if watch.is_told:
+            return now - max(watch.told_at or 0.0, watch.asked_at)
         spread = self._tracker.durations[watch.tool].spread
         waited_s = spread.waited_s(watch.last_at - watch.begun_at, now - watch.begun_at)
-        return waited_s * (self._untold(watch) if self._untold else 1.0)
+        return waited_s * self._untold(watch)
 
     def _ended(self, watch: Watch, now: float) -> float:
         """How likely it is over without our knowing, so that its slot is held in vain."""
@@ -218,7 +223,7 @@ class Sweeps:
             return 0.0
         spread = self._tracker.durations[watch.tool].spread
         ended = spread.ended_since(watch.last_at - watch.begun_at, now - watch.begun_at)
-        return ended * (self._untold(watch) if self._untold else 1.0)
+        return ended * self._untold(watch)
 
     async def _read(self, page: Page, meant: list[_Entry], submitted: int) -> None:
         asked_at = anyio.current_time()

@@ -13,6 +13,17 @@ from tests.support.runs import Facts, check_complete, credentials_of, job_of, ru
 ROWS = 24
 
 
+async def all_done(sim, job, folder, facts):
+    """One start that brings every row to its image, and tells no token; returns the requests by endpoint."""
+    outcome = await run_job(sim, job, facts=facts)
+    requests = dict(sim._world.requests)
+    assert len(sim.tasks) == ROWS
+    assert all(task.token not in repr(facts) for task in sim.tasks)
+    assert outcome.exit_code == 0
+    check_complete(sim, folder / "run", ROWS)
+    return requests
+
+
 @pytest.mark.parametrize(
     ("track", "faults"),
     [
@@ -31,12 +42,7 @@ async def test_every_row_is_done_however_its_task_is_followed(tmp_path, track, f
     job = job_of(write_rows(tmp_path / "m.csv", ROWS), track=track, concurrency=ROWS)
     facts = Facts()
     async with Simulator(seconds="0.2-0.6", faults=faults, slots=ROWS, late_s=0.5) as sim:
-        outcome = await run_job(sim, job, facts=facts)
-        requests = dict(sim._world.requests)
-        assert len(sim.tasks) == ROWS
-        assert all(task.token not in repr(facts) for task in sim.tasks)
-    assert outcome.exit_code == 0
-    check_complete(sim, tmp_path / "run", ROWS)
+        requests = await all_done(sim, job, tmp_path, facts)
     notes = [event.details["message"] for event in facts if event.fact is Fact.NOTE]
     if faults in (["list-off"], ["list-empty"]):
         assert sum("one by one" in note for note in notes) == 1
@@ -57,14 +63,8 @@ async def test_every_row_is_done_however_its_task_is_followed(tmp_path, track, f
 )
 async def test_while_rows_wait_for_a_slot_ends_are_heard_of_where_they_are_told(tmp_path, faults):
     job = job_of(write_rows(tmp_path / "m.csv", ROWS))
-    facts = Facts()
     async with Simulator(seconds="0.4-0.8", faults=faults, slots=4) as sim:
-        outcome = await run_job(sim, job, facts=facts)
-        requests = dict(sim._world.requests)
-        assert len(sim.tasks) == ROWS
-        assert all(task.token not in repr(facts) for task in sim.tasks)
-    assert outcome.exit_code == 0
-    check_complete(sim, tmp_path / "run", ROWS)
+        requests = await all_done(sim, job, tmp_path, Facts())
     assert requests["socket"] >= 1
     if not faults:
         assert requests["socket"] == 1
